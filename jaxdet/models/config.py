@@ -1,0 +1,115 @@
+"""The shape of a model, read from a Hugging Face `config.json` dictionary."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.matmul.op import Activation
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the layers need to know; every family reads the same fields."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_position: int
+    tied_embeddings: bool
+    activation: Activation
+    attention_scale: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    windows: tuple[int | None, ...] = ()
+    """Per layer: how many keys a query sees, or None for all."""
+    rope: tuple[dict[str, Any], ...] = ()
+    """The distinct rope settings ("rope_theta", "rope_type", …)."""
+    rope_of_layer: tuple[int, ...] = ()
+    """Per layer: its index in `rope`."""
+
+
+def read_config(config: dict[str, Any], family: str) -> ModelConfig:
+    """Reads the fields that Llama-like families share; a family's own file amends them.
+
+    Raises:
+        ValueError: a field is missing, or asks for something that is not implemented (named).
+    """
+    try:
+        heads, hidden, layers = (
+            int(config[k]) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+        )
+        vocab, inner = int(config["vocab_size"]), int(config["intermediate_size"])
+    except KeyError as error:
+        raise ValueError(f"config.json has no {error.args[0]!r}; is this a complete checkpoint?") from None
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return ModelConfig(
+        family=family,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_q_heads=heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_position=int(config.get("max_position_embeddings", 2048)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        activation=ACTIVATIONS[activation],
+        attention_scale=1.0 / math.sqrt(head_dim),
+        windows=(None,) * layers,
+        rope=(rope_settings(config),),
+        rope_of_layer=(0,) * layers,
+    )
+
+
+def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The rope settings in one dictionary, from transformers 5 (`rope_parameters`) or older (`rope_theta` + `rope_scaling`)."""
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    scaling["rope_type"] = scaling.get("rope_type") or scaling.pop("type", None) or "default"
+    scaling.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    scaling.setdefault("max_position", config.get("max_position_embeddings", 2048))
+    return scaling
+
+
+def inverse_frequencies(settings: dict[str, Any], head_dim: int) -> np.ndarray:
+    """Radians per token for each of head_dim / 2 pairs, float64.
+
+    Types: "default" (Su et al. 2021), "linear" (position interpolation, Chen et al. 2023), "llama3" (Llama 3.1).
+
+    Raises:
+        ValueError: any other rope type, by name.
+    """
+    frequencies = settings["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    match settings["rope_type"]:
+        case "default":
+            return frequencies
+        case "linear":
+            return frequencies / settings["factor"]
+        case "llama3":
+            low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+            original = settings["original_max_position_embeddings"]
+            wavelength = 2 * np.pi / frequencies
+            smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+            return (1 - smooth) * frequencies / settings["factor"] + smooth * frequencies
+        case other:
+            raise ValueError(f"rope_type {other!r} is not supported; supported: default, linear, llama3")

@@ -1,0 +1,191 @@
+"""The layers that all families share, as Flax NNX modules over the kernels.
+
+Axis letters: T tokens of a step, S sequences, H hidden, D head_dim, Hq/Hkv heads, P pages, L positions.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxdet.models.config import ModelConfig, inverse_frequencies
+from jaxdet.models.weights import Weights
+from pallas_kernels.attention.op import attention
+from pallas_kernels.matmul.op import gated_matmul, matmul, take_columns
+from pallas_kernels.reduce import pin
+from pallas_kernels.rms_norm.op import rms_norm
+from pallas_kernels.rope_cache.op import rope_cache, rope_table
+
+KVCache = list[tuple[jax.Array, jax.Array]]
+"""Per layer (k_pages, v_pages), each [P, Hkv, PAGE_SIZE, D]."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "positions", "slots", "block_tables", "query_start", "seq_lens"],
+    meta_fields=["max_query_len"],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The tokens of one step: sequences one after the other, then padding."""
+
+    tokens: Int[Array, "T"]
+    positions: Int[Array, "T"]
+    slots: Int[Array, "T"]
+    """Where each token's key and value go: page · PAGE_SIZE + offset; padding goes to the trash page."""
+    block_tables: Int[Array, "S pages"]
+    query_start: Int[Array, "S+1"]
+    seq_lens: Int[Array, "S"]
+    max_query_len: int
+    """1 for decode; the bucket's length for prefill."""
+
+
+class RMSNorm(nnx.Module):
+    """Normalises rows; `offset` 1 for families that store w − 1."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, offset: float = 0.0):
+        self.weight = nnx.Param(weights.vector("weight", offset=offset))
+        self.eps, self.backend = config.norm_eps, weights.backend
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        return rms_norm(x, self.weight[...], eps=self.eps, backend=self.backend)
+
+
+class Attention(nnx.Module):
+    """Fused qkv projection, optional q/k norm, RoPE, paged attention, output projection (+ residual)."""
+
+    def __init__(
+        self, weights: Weights, config: ModelConfig, layer: int, *, qk_norm: bool = False, offset: float = 0.0
+    ):
+        names = ("q_proj", "k_proj", "v_proj")
+        self.qkv = nnx.Param(weights.matrix(*(f"{n}.weight" for n in names)))
+        self.qkv_bias = (
+            nnx.Param(weights.vector(*(f"{n}.bias" for n in names))) if config.qkv_bias else None
+        )
+        self.output = nnx.Param(weights.matrix("o_proj.weight"))
+        self.output_bias = nnx.Param(weights.vector("o_proj.bias")) if config.output_bias else None
+        self.q_norm = nnx.Param((weights / "q_norm").vector("weight", offset=offset)) if qk_norm else None
+        self.k_norm = nnx.Param((weights / "k_norm").vector("weight", offset=offset)) if qk_norm else None
+        self.config, self.window, self.backend = config, config.windows[layer], weights.backend
+
+    def __call__(self, x, batch: Batch, rope, cache, residual=None):
+        c = self.config
+        width = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+        qkv = matmul(x, self.qkv[...], n=width, bias=_value(self.qkv_bias), backend=self.backend)
+        q, *cache = rope_cache(
+            qkv,
+            *cache,
+            rope,
+            batch.positions,
+            batch.slots,
+            num_q_heads=c.num_q_heads,
+            num_kv_heads=c.num_kv_heads,
+            q_norm=_value(self.q_norm),
+            k_norm=_value(self.k_norm),
+            eps=c.norm_eps,
+            backend=self.backend,
+        )
+        out = attention(
+            q,
+            *cache,
+            batch.block_tables,
+            batch.query_start,
+            batch.seq_lens,
+            scale=c.attention_scale,
+            window=self.window,
+            soft_cap=c.soft_cap,
+            max_query_len=batch.max_query_len,
+            backend=self.backend,
+        ).reshape(x.shape[0], -1)
+        y = matmul(
+            out,
+            self.output[...],
+            n=c.hidden_size,
+            bias=_value(self.output_bias),
+            residual=residual,
+            backend=self.backend,
+        )
+        return y, tuple(cache)
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward: act(gate) · up, then down (+ residual)."""
+
+    def __init__(self, weights: Weights, config: ModelConfig):
+        self.gate_up = nnx.Param(weights.gated("gate_proj.weight", "up_proj.weight"))
+        self.down = nnx.Param(weights.matrix("down_proj.weight"))
+        self.config, self.backend = config, weights.backend
+
+    def __call__(self, x, residual=None):
+        c = self.config
+        inner = gated_matmul(
+            x, self.gate_up[...], n=c.intermediate_size, activation=c.activation, backend=self.backend
+        )
+        return matmul(inner, self.down[...], n=c.hidden_size, residual=residual, backend=self.backend)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm block: attention and MLP, each added to the residual in its own product's epilogue."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, layer: int, *, qk_norm: bool = False):
+        self.input_norm = RMSNorm(weights / "input_layernorm", config)
+        self.attention = Attention(weights / "self_attn", config, layer, qk_norm=qk_norm)
+        self.post_norm = RMSNorm(weights / "post_attention_layernorm", config)
+        self.mlp = MLP(weights / "mlp", config)
+
+    def __call__(self, x, batch: Batch, rope, cache):
+        x, cache = self.attention(self.input_norm(x), batch, rope, cache, residual=x)
+        return self.mlp(self.post_norm(x), residual=x), cache
+
+
+class DecoderLM(nnx.Module):
+    """Embedding, decoder layers, final norm and LM head: the frame of every family.
+
+    A family sets `config`, `layers` and, where it differs, `norm_offset` and `embedding_scale`.
+    """
+
+    norm_offset = 0.0
+
+    def __init__(self, weights: Weights, config: ModelConfig, layers: list[nnx.Module], max_model_len: int):
+        self.config, self.backend, self.dtype = config, weights.backend, weights.dtype
+        if config.tied_embeddings:
+            self.embedding = None
+            self.head = nnx.Param(weights.matrix("model.embed_tokens.weight"))
+        else:
+            self.embedding = nnx.Param(weights.matrix("model.embed_tokens.weight"))
+            self.head = nnx.Param(weights.matrix("lm_head.weight"))
+        self.layers = nnx.List(layers)
+        self.norm = RMSNorm(weights / "model" / "norm", config, self.norm_offset)
+        self.rope = nnx.List(
+            nnx.Variable(jnp.asarray(rope_table(inverse_frequencies(r, config.head_dim), max_model_len)))
+            for r in config.rope
+        )
+
+    def embed(self, tokens: Int[Array, "T"]) -> Float[Array, "T H"]:
+        """Rows of the embedding, which a tied model looks up in its LM head."""
+        table = self.head if self.embedding is None else self.embedding
+        return take_columns(table[...], tokens, self.config.hidden_size, self.backend)
+
+    def __call__(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "T H"], KVCache]:
+        """Runs the layers over one step's tokens; returns normalised hidden states and the new cache."""
+        x = self.embed(batch.tokens)
+        written = []
+        for layer, rope, kv in zip(self.layers, self.config.rope_of_layer, cache, strict=True):
+            x, kv = layer(x, batch, self.rope[rope][...], kv)
+            written.append(kv)
+        return self.norm(x), written
+
+    def logits(self, hidden: Float[Array, "M H"]) -> Float[Array, "M V"]:
+        """float32 logits of the given rows."""
+        c = self.config
+        out = matmul(hidden, self.head[...], n=c.vocab_size, out_dtype=jnp.float32, backend=self.backend)
+        if c.logit_soft_cap is not None:
+            out = pin(jnp.tanh(out / c.logit_soft_cap) * c.logit_soft_cap)
+        return out
+
+
+def _value(parameter: nnx.Param | None) -> jax.Array | None:
+    return None if parameter is None else parameter[...]

@@ -1,0 +1,44 @@
+"""From a checkpoint's config to a model."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxdet.models.gemma3 import Gemma3
+from jaxdet.models.layers import DecoderLM
+from jaxdet.models.llama import Llama
+from jaxdet.models.mistral import Mistral
+from jaxdet.models.qwen2 import Qwen2
+from jaxdet.models.qwen3 import Qwen3
+from jaxdet.models.weights import TensorSource, Weights
+
+FAMILIES = {
+    "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "mistral": Mistral,
+    "gemma3": Gemma3,
+    "gemma3_text": Gemma3,
+}
+
+
+def family_of(config: dict[str, Any]) -> type[DecoderLM]:
+    """The model class for `config["model_type"]`.
+
+    Raises:
+        ValueError: the architecture is not supported (named, with those that are).
+    """
+    kind = config.get("model_type", "unknown")
+    if kind not in FAMILIES:
+        raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def build_model(
+    source: TensorSource, config: dict[str, Any], *, dtype: jnp.dtype, backend: str, max_model_len: int
+) -> DecoderLM:
+    """Reads every tensor once and returns the model, its weights in the backend's layout."""
+    family = family_of(config)
+    shape = family.read_config(config)
+    prefix = "language_model." if config["model_type"] == "gemma3" else ""
+    return family(Weights(source, jnp.dtype(dtype), backend, prefix), shape, max_model_len)

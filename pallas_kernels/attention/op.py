@@ -1,0 +1,53 @@
+"""Causal attention over a paged KV cache; decode, prefill, chunks and mixed batches agree bit for bit."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import registry
+
+
+def attention(
+    q: Float[Array, "T Hq D"],
+    k_pages: Float[Array, "P Hkv page D"],
+    v_pages: Float[Array, "P Hkv page D"],
+    block_tables: Int[Array, "S pages"],
+    query_start: Int[Array, "S+1"],
+    seq_lens: Int[Array, "S"],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    max_query_len: int,
+    backend: str | None = None,
+) -> Float[Array, "T Hq D"]:
+    """softmax(scale · q·kᵀ) · v per query, in segments of fixed absolute position merged in ascending order.
+
+    Within a segment: scores with float32 accumulation in ascending d, m = max, p = exp(s − m), l = Σp, o = Σp·v in
+    ascending key order. Segments merge one after the other: O ← O·e^(M−M′) + o·e^(m−M′), likewise L. The result is
+    O / L, rounded once. A key outside the causal mask or the window contributes an exact zero, whatever it holds.
+
+    Args:
+        q: queries of all sequences, one after the other.
+        k_pages, v_pages: cache pages of PAGE_SIZE keys, already holding this step's keys and values.
+        block_tables: page numbers of each sequence, in order.
+        query_start: row of `q` at which each sequence starts; the last entry is the number of real rows.
+        seq_lens: keys of each sequence, this step's included; its last query sits at position seq_lens − 1.
+        scale: factor on the scores.
+        window: a query sees the last `window` keys, itself included.
+        soft_cap: scores become soft_cap · tanh(s / soft_cap) (Gemma).
+        max_query_len: static bound on the queries of one sequence; 1 means decode.
+
+    Returns:
+        [T, Hq, D] in q's dtype; rows past query_start[-1] are unspecified and finite only if their inputs are.
+    """
+    return registry.load("attention", backend).attention(
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        query_start,
+        seq_lens,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        max_query_len=max_query_len,
+    )

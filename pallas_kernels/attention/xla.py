@@ -1,0 +1,122 @@
+"""Paged attention for the xla backend.
+
+Queries are cut into tiles of one sequence each. A tile walks over its sequence's pages (one page is one segment),
+computes the segment's softmax from an empty state and merges it. Where XLA's dots are free in the row count all
+tiles go through together and a tile is as long as it likes; elsewhere tiles have a fixed shape and are mapped one
+by one, for decode and prefill alike.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.backend import rows_are_free
+from pallas_kernels.numerics import ROW_TILE
+from pallas_kernels.reduce import pin, row_sum
+
+PREFILL_TILE = 32
+
+
+def attention(
+    q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap, max_query_len
+):
+    """See `op.attention`."""
+    tokens, heads, dim = q.shape
+    kv_heads = k_pages.shape[1]
+    free = rows_are_free()
+    tile = min(max_query_len, PREFILL_TILE) if free else ROW_TILE
+    sequences = seq_lens.shape[0]
+    if max_query_len == 1:
+        seq, start = jnp.arange(sequences), jnp.zeros(sequences, jnp.int32)
+    else:
+        seq, start = _tiles(query_start, tile, tokens // tile + sequences)
+    rows = query_start[seq][:, None] + start[:, None] + jnp.arange(tile)
+    real = rows < query_start[seq + 1][:, None]
+    first = seq_lens[seq] - (query_start[seq + 1] - query_start[seq]) + start
+    positions = jnp.where(real, first[:, None] + jnp.arange(tile), -1)
+    picked = q.at[jnp.minimum(rows, tokens - 1)].get(mode="promise_in_bounds")
+    # [tiles, kv head, tile · group, D]: a kv head's queries are rows of one dot
+    group = heads // kv_heads
+    picked = picked.reshape(-1, tile, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
+    picked = picked.reshape(-1, kv_heads, tile * group, dim)
+    row_positions = jnp.repeat(positions, group, axis=1)
+
+    def attend(operands):
+        return _attend(*operands, k_pages, v_pages, scale=scale, window=window, soft_cap=soft_cap)
+
+    operands = (picked, block_tables[seq], row_positions)
+    if free:
+        out = attend(operands)
+    else:
+        out = lax.map(lambda one: attend(tuple(a[None] for a in one))[0], operands)
+    out = out.reshape(-1, kv_heads, tile, group, dim).transpose(0, 2, 1, 3, 4).reshape(-1, heads, dim)
+    if max_query_len == 1 and tile == 1:
+        return out.astype(q.dtype)
+    # Back from tiles to rows: row t sits in its sequence's tile t // tile.
+    target = jnp.where(real, rows, tokens).reshape(-1)
+    where = jnp.zeros(tokens + 1, jnp.int32).at[target].set(jnp.arange(target.shape[0]), mode="drop")
+    return out.at[where[:tokens]].get(mode="promise_in_bounds").astype(q.dtype)
+
+
+def _tiles(query_start, tile, count):
+    """(sequence, first query) of every tile; surplus tiles repeat the last sequence past its end."""
+    lengths = query_start[1:] - query_start[:-1]
+    ends = jnp.cumsum(-(-lengths // tile))
+    index = jnp.arange(count, dtype=jnp.int32)
+    seq = jnp.minimum(jnp.sum(index[:, None] >= ends[None], axis=1), lengths.shape[0] - 1).astype(jnp.int32)
+    begin = jnp.where(seq > 0, ends[jnp.maximum(seq - 1, 0)], 0)
+    return seq, ((index - begin) * tile).astype(jnp.int32)
+
+
+def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
+    """q [N, Hkv, R, D] at positions [N, R] → float32 [N, Hkv, R, D]; a row at position −1 sees nothing."""
+    count, kv_heads, rows, dim = q.shape
+    page = k_pages.shape[2]
+    padded = max(rows, 2)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    positions = jnp.pad(positions, ((0, 0), (0, padded - rows)), constant_values=-1)
+    last = jnp.max(positions, axis=1)
+    pages = (jnp.max(last) + page) // page
+    begin = 0
+    if window is not None:
+        seen = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions)
+        begin = jnp.minimum(jnp.maximum(jnp.min(seen) - window + 1, 0) // page, pages)
+
+    def segment(index, state):
+        best, total, out = state
+        numbers = lax.dynamic_index_in_dim(tables, index, axis=1, keepdims=False)
+        keys = k_pages.at[numbers].get(mode="promise_in_bounds")
+        values = v_pages.at[numbers].get(mode="promise_in_bounds")
+        at = index * page + jnp.arange(page)
+        # Keys and values past the sequence may be anything, NaN included: 0 · NaN must not happen.
+        live = (at[None] <= last[:, None])[:, None, :, None]
+        values = jnp.where(live, values, 0)
+        scores = _dot_f32(q, keys, (((3,), (3,)), ((0, 1), (0, 1))))
+        scores = pin(scores * scale)
+        if soft_cap is not None:
+            scores = pin(jnp.tanh(scores / soft_cap) * soft_cap)
+        visible = at[None, None] <= positions[..., None]
+        if window is not None:
+            visible &= at[None, None] > positions[..., None] - window
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
+        peak = pin(jnp.max(scores, axis=3, keepdims=True))
+        empty = peak == -jnp.inf
+        probs = pin(jnp.exp(scores - jnp.where(empty, 0.0, peak)))
+        mass = row_sum(probs.reshape(-1, page)).reshape(*peak.shape)
+        part = pin(_dot_f32(probs.astype(values.dtype), values, (((3,), (2,)), ((0, 1), (0, 1)))))
+        new = jnp.maximum(best, peak)
+        old_scale, new_scale = jnp.exp(best - new), jnp.exp(peak - new)
+        a, b, c, d = pin(total * old_scale, mass * new_scale, out * old_scale, part * new_scale)
+        keep = lambda merged, previous: jnp.where(empty, previous, merged)  # noqa: E731
+        return pin(keep(new, best), keep(a + b, total), keep(c + d, out))
+
+    start = (
+        jnp.full((count, kv_heads, padded, 1), jnp.finfo(jnp.float32).min),
+        jnp.zeros((count, kv_heads, padded, 1)),
+        jnp.zeros((count, kv_heads, padded, dim)),
+    )
+    _, total, out = lax.fori_loop(begin, pages, segment, start)
+    return pin(out / jnp.where(total == 0, 1.0, total))[:, :, :rows]
+
+
+def _dot_f32(a, b, dims):
+    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

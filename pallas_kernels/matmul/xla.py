@@ -1,0 +1,124 @@
+"""Matrix products through XLA's own dots, with one summation order (any CPU, any GPU without its own kernels).
+
+Order, per output: K is cut into c = ceil(K / 512) equal chunks (the last padded with zeros); inside a chunk
+products accumulate in ascending k in float32; chunk sums add up in ascending order. Two ways to get it:
+
+* Where the row count provably cannot change a dot's order (`backend.rows_are_free`), weights are stored as
+  [c, N / 64, K / c, 64] and a product is one batched dot over (chunk, column block): plain two-dimensional dots
+  split k when N is large and M small, these never do. Above 64 rows the blocks are laid side by side on the fly.
+* Elsewhere weights stay [K, N] and every dot has exactly ROW_TILE rows, mapped over the row tiles: whatever
+  order XLA picks for that one shape, it picks always.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.backend import rows_are_free
+from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK, ROW_TILE
+from pallas_kernels.reduce import pin
+
+BLOCKED_MAX_ROWS = 64
+
+
+def pack(w):
+    """[K, N] → the layout `matmul` takes; NumPy in, NumPy out."""
+    if not rows_are_free():
+        return w
+    k, n = w.shape
+    chunks = -(-k // K_CHUNK)
+    depth, blocks = -(-k // chunks), -(-n // COLUMN_BLOCK)
+    if (pad := (chunks * depth - k, blocks * COLUMN_BLOCK - n)) != (0, 0):
+        w = w.__array_namespace__().pad(w, ((0, pad[0]), (0, pad[1])))
+    return w.reshape(chunks, depth, blocks, COLUMN_BLOCK).transpose(0, 2, 1, 3)
+
+
+def unpack(packed, k: int, n: int):
+    """The inverse of `pack`."""
+    if not rows_are_free():
+        return packed
+    chunks, blocks, depth, width = packed.shape
+    return packed.transpose(0, 2, 1, 3).reshape(chunks * depth, blocks * width)[:k, :n]
+
+
+def take_columns(packed, ids, k: int):
+    """Columns `ids` of the [K, N] matrix as rows [T, K]: the embedding lookup of a tied LM head."""
+    if not rows_are_free():
+        return packed.at[:, ids].get(mode="promise_in_bounds").T
+    picked = packed.at[:, ids // COLUMN_BLOCK, :, ids % COLUMN_BLOCK].get(mode="promise_in_bounds")
+    return picked.reshape(ids.shape[0], -1)[:, :k]
+
+
+def dot(x, packed, n: int):
+    """[M, K] × packed → float32 [M, N], the raw accumulators."""
+    return pin(_row_free(x, packed) if rows_are_free() else _row_tiled(x, packed))[:, :n]
+
+
+def _row_free(x, packed):
+    rows, k = x.shape
+    chunks, blocks, depth, width = packed.shape
+    m = max(rows, 2)  # one row alone takes another code path in XLA
+    x = jnp.pad(x, ((0, m - rows), (0, chunks * depth - k)))
+    if m <= BLOCKED_MAX_ROWS:
+        x = x.reshape(m, chunks, depth).transpose(1, 0, 2)
+        lhs = jnp.broadcast_to(x[:, None], (chunks, blocks, m, depth))
+        y = _dot_f32(lhs, packed, (((3,), (2,)), ((0, 1), (0, 1))))
+        y = y.transpose(0, 2, 1, 3).reshape(chunks, m, blocks * width)
+        parts = [y[c] for c in range(chunks)]
+    else:
+        flat = packed.transpose(0, 2, 1, 3).reshape(chunks, depth, blocks * width)
+        parts = [
+            _dot_f32(x[:, c * depth : (c + 1) * depth], flat[c], (((1,), (0,)), ((), ())))
+            for c in range(chunks)
+        ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total[:rows]
+
+
+def _row_tiled(x, w):
+    rows, k = x.shape
+    tiles = -(-rows // ROW_TILE)
+    x = jnp.pad(x, ((0, tiles * ROW_TILE - rows), (0, 0))).reshape(tiles, ROW_TILE, k)
+    y = lax.map(lambda tile: _dot_f32(tile, w, (((1,), (0,)), ((), ()))), x)
+    return y.reshape(tiles * ROW_TILE, w.shape[1])[:rows]
+
+
+def _dot_f32(a, b, dims):
+    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None):
+    """See `op.matmul`."""
+    y = dot(x, packed, n)
+    if bias is not None:
+        y = pin(y + bias.astype(jnp.float32))
+    if residual is not None:
+        y = pin(y + residual.astype(jnp.float32))
+    return y.astype(out_dtype or x.dtype)
+
+
+def gated_matmul(x, packed, *, n, activation, out_dtype=None):
+    """See `op.gated_matmul`; gate and up lie side by side, each `n` columns."""
+    y = dot(x, packed, 2 * n)
+    gate, up = y[:, :n], y[:, n:]
+    return pin(ACTIVATIONS[activation](gate) * up).astype(out_dtype or x.dtype)
+
+
+def pack_gated(gate, up):
+    """Gate and up [K, F] as one packed matrix."""
+    return pack(gate.__array_namespace__().concatenate([gate, up], axis=1))
+
+
+def silu(x):
+    """x / (1 + exp(−x)); no product feeds a sum, so nothing here can be contracted."""
+    return x / (1.0 + jnp.exp(-x))
+
+
+def gelu_tanh(x):
+    """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), every product rounded before it is added."""
+    cubic = pin(x * x * x * 0.044715)
+    return (x * 0.5) * (1.0 + jnp.tanh((x + cubic) * 0.7978845608028654))
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
