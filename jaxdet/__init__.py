@@ -1,0 +1,66 @@
+"""jaxdet: deterministic LLM inference in JAX. The same prompt, weights and seed give the same bits."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from jaxdet.llm import LLM, Prompt
+from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+from jaxdet.sampling_params import SamplingParams
+from pallas_kernels.numerics import NUMERICS_VERSION
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "NUMERICS_VERSION",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoreOutput",
+    "generate",
+    "score",
+]
+
+
+@lru_cache(maxsize=1)
+def _shared(model: str, dtype: str, backend: str | None) -> LLM:
+    return LLM(model, dtype=dtype, backend=backend)
+
+
+def generate(
+    prompts: Prompt | Sequence[Prompt],
+    model: str = "smollm2-135m",
+    *,
+    dtype: str = "auto",
+    backend: str | None = None,
+    use_tqdm: bool = False,
+    **sampling: Any,
+) -> list[RequestOutput]:
+    """Completes prompts with a model that stays loaded for the next call.
+
+    Args:
+        prompts: one prompt or many: text (run through the chat template if the model has one), token ids, or
+            {"prompt": …} / {"prompt_token_ids": …} (run as they are).
+        model: see `LLM`.
+        sampling: fields of `SamplingParams`, such as max_tokens=32, temperature=0.7, seed=7.
+    """
+    llm = _shared(str(model), dtype, backend)
+    single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or isinstance(prompts[0], int)
+    listed = [prompts] if single else prompts
+    if llm.tokenizer.chat_template:
+        listed = [
+            llm.chat_prompt([{"role": "user", "content": p}]) if isinstance(p, str) and p else p for p in listed
+        ]
+    return llm.generate(listed, SamplingParams(**sampling), use_tqdm=use_tqdm)  # pyright: ignore
+
+
+def score(
+    token_id_sequences: Sequence[Sequence[int]],
+    model: str = "smollm2-135m",
+    *,
+    dtype: str = "auto",
+    backend: str | None = None,
+) -> list[ScoreOutput]:
+    """Teacher-forced logprobs of given tokens; see `LLM.score`."""
+    return _shared(str(model), dtype, backend).score(token_id_sequences)

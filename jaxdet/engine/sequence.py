@@ -1,0 +1,64 @@
+"""One running completion: its tokens, its pages and how far they are computed."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxdet.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """Token ids only; text lives outside the engine."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    sample_index: int
+    seed: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    """End-of-sequence and stop tokens; empty under ignore_eos without stop_token_ids."""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    pages: list[int] = dataclasses.field(default_factory=list)
+    hashes: list[bytes] = dataclasses.field(default_factory=list)
+    """Prefix hash of each full page."""
+    cached: int = 0
+    """Prompt tokens found in the prefix cache at first admission."""
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    """Per output token: (logprob, rank, top logprobs, top ids)."""
+    prompt_logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
+    """Per output token its float32 logits, when the engine keeps them."""
+    counts: dict[int, int] = dataclasses.field(default_factory=dict)
+    """How often each id occurs in the output."""
+
+    def __post_init__(self):
+        self.tokens = list(self.prompt)
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed; 1 means that the sequence decodes."""
+        return len(self.tokens) - self.computed
+
+    def append(self, token: int) -> None:
+        """Takes a sampled token and notes whether it ends the sequence."""
+        self.tokens.append(token)
+        self.counts[token] = self.counts.get(token, 0) + 1
+        if token in self.stop_ids and self.num_output >= self.params.min_tokens:
+            self.finish_reason = "stop"
+            self.stop_reason = token if token in self.params.stop_token_ids else None
+        elif self.num_output >= self.max_tokens:
+            self.finish_reason = "length"

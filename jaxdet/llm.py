@@ -1,0 +1,276 @@
+"""The offline API: text or token ids in, completions out."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from jaxdet.checkpoints import open_checkpoint
+from jaxdet.engine.engine import Engine
+from jaxdet.engine.sequence import Sequence as EngineSequence
+from jaxdet.models.registry import build_model, family_of
+from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.text import TextStream
+from pallas_kernels.backend import resolve
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt_token_ids": [...]} / {"prompt": "..."}."""
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class LLM:
+    """A model with its tokenizer and engine; the same request gets the same bits, whatever else it runs.
+
+    Args:
+        model: a known name ("smollm2-135m"), a Hugging Face folder or id, a .gguf file, or an Orbax directory.
+        dtype: "float32", "bfloat16" or "float16" of weights and activations; "auto" is float32 on a CPU and bfloat16
+            elsewhere.
+        backend: which kernels; None takes the device's own.
+        max_num_seqs: sequences running at once; more wait.
+        max_num_batched_tokens: tokens of one prefill step; longer prompts are chunked.
+        max_model_len: tokens of prompt and output together; the model's own limit, at most 4096, by default.
+        enable_prefix_caching: reuse the KV pages of prefixes seen before.
+        enable_chunked_prefill: split prompts longer than max_num_batched_tokens; without it they must fit.
+        num_pages: KV pages of 128 tokens; None sizes the cache by itself.
+        seed: seed of requests that bring none.
+
+    Raises:
+        ValueError: an argument is out of range or the checkpoint is not usable; one line, with the remedy.
+        FileNotFoundError: there is no such model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        backend: str | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+        num_pages: int | None = None,
+        seed: int = 0,
+        keep_logits: bool = False,
+    ):
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} or auto")
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        checkpoint = open_checkpoint(model)
+        limit = family_of(checkpoint.config).read_config(checkpoint.config).max_position
+        max_model_len = min(limit, 4096) if max_model_len is None else max_model_len
+        if not 2 <= max_model_len <= limit:
+            raise ValueError(f"max_model_len={max_model_len} must be in [2, {limit}], the model's own limit")
+        if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens={max_num_batched_tokens} is below max_model_len={max_model_len}; "
+                "raise it or leave enable_chunked_prefill on"
+            )
+        self.name = checkpoint.name
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self.tokenizer = checkpoint.tokenizer()
+        network = build_model(
+            checkpoint,
+            checkpoint.config,
+            dtype=DTYPES[dtype],
+            backend=resolve(backend),
+            max_model_len=max_model_len,
+        )
+        self.engine = Engine(
+            network,
+            salt=f"{checkpoint.name}/{dtype}",
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_pages=num_pages,
+            enable_prefix_caching=enable_prefix_caching,
+            enable_chunked_prefill=enable_chunked_prefill,
+            seed=seed,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+            keep_logits=keep_logits,
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes every prompt; results are in the prompts' order.
+
+        Args:
+            prompts: one prompt or many, of any lengths.
+            sampling_params: one for all, or one per prompt.
+            use_tqdm: show a progress bar.
+        """
+        prompts = _as_list(prompts)
+        params = _one_each(sampling_params or SamplingParams(), len(prompts))
+        encoded = [self._encode(prompt) for prompt in prompts]
+        requests = []
+        try:
+            for (text, ids), p in zip(encoded, params, strict=True):
+                requests.append(_Request(self, text, self.engine.add(ids, p), p))
+            pending = {s: r for r in requests for s in r.sequences}
+            with tqdm(total=len(pending), desc="Generating", unit="seq", disable=not use_tqdm) as bar:
+                while pending:
+                    for sequence in self.engine.step():
+                        if (request := pending.get(sequence)) is not None:
+                            request.update(sequence)
+                            if sequence.finish_reason is not None:
+                                del pending[sequence]
+                                bar.update()
+        except BaseException:
+            for request in requests:
+                request.abort()
+            raise
+        return [request.output() for request in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or many, through the model's chat template.
+
+        Args:
+            messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
+            template: passed on to the chat template.
+        """
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        prompts = [self.chat_prompt(c, **template) for c in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> dict[str, Any]:
+        """The prompt that `chat` would run: {"prompt": text, "prompt_token_ids": ids}."""
+        text = self.tokenizer.apply_chat_template(messages, **template)
+        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def score(self, token_id_sequences: Sequence[Sequence[int]], *, use_tqdm: bool = False) -> list[ScoreOutput]:
+        """log p(token i + 1 | tokens 0…i) of given tokens, bit-equal to what the sampler reported for them."""
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
+        queued: list[EngineSequence] = []
+        try:
+            for ids in token_id_sequences:
+                queued += self.engine.add(ids, params)
+            with tqdm(total=len(queued), desc="Scoring", unit="seq", disable=not use_tqdm) as bar:
+                while any(s.finish_reason is None for s in queued):
+                    bar.update(sum(s.finish_reason is not None for s in self.engine.step()))
+        except BaseException:
+            for sequence in queued:
+                self.engine.abort(sequence)
+            raise
+        return [ScoreOutput(s.prompt, [entry[0] for entry in s.prompt_logprobs]) for s in queued]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yields the request's output after every token; `.outputs[0].text` grows to `generate`'s text."""
+        text, ids = self._encode(prompt)
+        params = sampling_params or SamplingParams()
+        request = _Request(self, text, self.engine.add(ids, params), params)
+        try:
+            while any(s.finish_reason is None for s in request.sequences):
+                if mine := [s for s in self.engine.step() if s in request.sequences]:
+                    for sequence in mine:
+                        request.update(sequence)
+                    yield request.output()
+        finally:
+            request.abort()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("prompt is empty; give it at least one token")
+            return prompt, self.tokenizer.encode(prompt)
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            return self._encode(prompt["prompt"])
+        return None, list(prompt)
+
+
+class _Request:
+    """A request's sequences and their text so far."""
+
+    def __init__(self, llm: LLM, prompt: str | None, sequences: list[EngineSequence], params: SamplingParams):
+        self._llm, self._prompt, self._params = llm, prompt, params
+        self.sequences = sequences
+        self._text = {s: TextStream(llm.tokenizer, params) for s in sequences}
+
+    def update(self, sequence: EngineSequence) -> None:
+        """Takes in the sequence's new token; a stop string ends it."""
+        stream = self._text[sequence]
+        stream.extend(sequence.output)
+        if stream.stopped_by is not None and sequence.finish_reason in (None, "length", "stop"):
+            self._llm.engine.abort(sequence, "stop")
+            sequence.finish_reason = "stop"
+        elif sequence.finish_reason is not None:
+            stream.finish(drop_last=sequence.finish_reason == "stop")
+
+    def abort(self) -> None:
+        for sequence in self.sequences:
+            self._llm.engine.abort(sequence)
+
+    def output(self) -> RequestOutput:
+        first, p = self.sequences[0], self._params
+        prompt_logprobs = None
+        if p.prompt_logprobs is not None:
+            entries = zip(first.prompt[1:], first.prompt_logprobs, strict=False)
+            prompt_logprobs = [None, *(self._logprobs(token, entry) for token, entry in entries)]
+        return RequestOutput(
+            first.request_id,
+            self._prompt,
+            first.prompt,
+            [self._completion(s) for s in self.sequences],
+            prompt_logprobs,
+            first.cached,
+        )
+
+    def _completion(self, s: EngineSequence) -> CompletionOutput:
+        stream, wanted = self._text[s], self._params.logprobs is not None
+        return CompletionOutput(
+            index=s.sample_index,
+            text=stream.text,
+            token_ids=s.output,
+            cumulative_logprob=sum(e[0] for e in s.logprobs) if wanted else None,
+            logprobs=[self._logprobs(t, e) for t, e in zip(s.output, s.logprobs, strict=True)]
+            if wanted
+            else None,
+            finish_reason=s.finish_reason,
+            stop_reason=stream.stopped_by or s.stop_reason,
+        )
+
+    def _logprobs(self, token: int, entry) -> dict[int, Logprob]:
+        logprob, rank, top, top_ids = entry
+        decode = functools.partial(self._llm.tokenizer.decode, skip_special_tokens=False)
+        found = {token: Logprob(logprob, rank, decode([token]))}
+        for place, (value, other) in enumerate(zip(top.tolist(), top_ids.tolist(), strict=True), 1):
+            found.setdefault(other, Logprob(value, place, decode([other])))
+        return found
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if single else list(prompts)  # pyright: ignore
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> Sequence[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one, or one per prompt")
+    return params

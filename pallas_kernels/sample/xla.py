@@ -1,0 +1,125 @@
+"""Sampling for the xla backend: integer noise, bisection instead of sorting, pinned sums."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.reduce import log_sum_exp, pin, row_sum
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+
+
+def sample(logits, rows):
+    """See `op.sample`."""
+    peak = pin(jnp.max(logits, axis=1))
+    usable = jnp.isfinite(peak)
+    if rows.adjusted_ids.shape[1]:
+        logits = _penalise(logits, rows)
+    greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    # Rows are independent and a greedy row ignores the branch, so this choice can't reach anyone's bits.
+    drawn = lax.cond(jnp.any(rows.temperature > 0), lambda: _draw(logits, rows), lambda: greedy)
+    return jnp.where(rows.temperature > 0, drawn, greedy), usable
+
+
+def token_logprobs(logits, ids, *, top):
+    """See `op.token_logprobs`."""
+    peak, total = log_sum_exp(logits)
+    normalise = lambda values: pin(pin(values - peak) - total)  # noqa: E731
+    own = jnp.take_along_axis(logits, ids[:, None], axis=1)
+    column = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    ahead = (logits > own) | ((logits == own) & (column[None] < ids[:, None]))
+    rank = 1 + jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    best, best_ids = lax.top_k(logits, top)
+    return normalise(own)[:, 0], rank, normalise(best), best_ids.astype(jnp.int32)
+
+
+def _penalise(logits, rows):
+    vocab = logits.shape[1]
+    at = jnp.minimum(rows.adjusted_ids, vocab - 1)
+    x = pin(jnp.take_along_axis(logits, at, axis=1) + rows.adjusted_bias)
+    repeated = jnp.where(
+        x > 0, x / rows.repetition_penalty[:, None], pin(x * rows.repetition_penalty[:, None])
+    )
+    x = pin(jnp.where(rows.seen, repeated, x))
+    x = x - pin(rows.frequency_penalty[:, None] * rows.output_counts)
+    x = x - jnp.where(rows.output_counts > 0, rows.presence_penalty[:, None], 0.0)
+    row = jnp.arange(logits.shape[0])[:, None]
+    return pin(logits.at[row, rows.adjusted_ids].set(x, mode="drop"))
+
+
+def _draw(logits, rows):
+    x = pin(logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None])
+    peak = pin(jnp.max(x, axis=1, keepdims=True))
+    floor = jnp.where(rows.min_p > 0, pin(peak[:, 0] + jnp.log(rows.min_p)), -jnp.inf)
+    keep = (x >= floor[:, None]) & (x > -jnp.inf)
+    keep = lax.cond(jnp.any(rows.top_k > 0), lambda k: _top_k(x, k, rows.top_k), lambda k: k, keep)
+    keep = lax.cond(jnp.any(rows.top_p < 1), lambda k: _top_p(x, peak, k, rows.top_p), lambda k: k, keep)
+    noisy = pin(x + gumbel(rows.seed, rows.sample_index, rows.position, x.shape[1]))
+    return jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=1).astype(jnp.int32)
+
+
+def _ordered(x):
+    """float32 → int32 with the same order; −0 counts as +0."""
+    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)
+    return jnp.where(bits < 0, bits ^ INT32_MAX, bits)
+
+
+def _lowest(holds, rows):
+    """Smallest int32 per row for which the monotone predicate `holds([rows, 1]) -> [rows, 1]` is true."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        yes = holds(middle)
+        return jnp.where(yes, low, middle + 1), jnp.where(yes, middle, high)
+
+    start = jnp.full((rows, 1), INT32_MIN, jnp.int32), jnp.full((rows, 1), INT32_MAX, jnp.int32)
+    return lax.fori_loop(0, 32, halve, start)[1]
+
+
+def _top_k(x, keep, k):
+    wanted = jnp.where(k > 0, k, x.shape[1])[:, None]
+    key = jnp.where(keep, _ordered(x), INT32_MIN)
+    above = lambda t: jnp.sum(key > t, axis=1, keepdims=True, dtype=jnp.int32)  # noqa: E731
+    edge = _lowest(lambda t: above(t) < wanted, x.shape[0])
+    tied = key == edge
+    rank = jnp.cumsum(tied, axis=1, dtype=jnp.int32)
+    return keep & ((key > edge) | (tied & (rank <= wanted - above(edge))))
+
+
+def _top_p(x, peak, keep, p):
+    mass = pin(jnp.where(keep, jnp.exp(pin(x - peak)), 0.0))
+    limit = pin(row_sum(mass) * p[:, None])
+    key = jnp.where(keep, _ordered(x), INT32_MIN)
+    # Rounding is monotone, so a sum with fewer terms is never larger and bisection is exact.
+    above = lambda t: row_sum(jnp.where(key > t, mass, 0.0))  # noqa: E731
+    edge = _lowest(lambda t: above(t) < limit, x.shape[0])
+    tied = key == edge
+    before = pin(mass * (jnp.cumsum(tied, axis=1, dtype=jnp.int32) - 1))
+    kept = keep & ((key > edge) | (tied & (above(edge) + before < limit)))
+    return jnp.where((p < 1)[:, None], kept, keep)
+
+
+def threefry2x32(key, counter):
+    """Threefry-2x32 with 20 rounds; `key` and `counter` are pairs of uint32 arrays that broadcast."""
+    k0, k1 = key
+    schedule = (k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA))
+    x, y = counter[0] + k0, counter[1] + k1
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = ((y << turn) | (y >> (32 - turn))) ^ x
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x, y
+
+
+def gumbel(seed, sample_index, position, vocab):
+    """Gumbel noise [S, vocab], a function of (seed, sample index, position, token id) alone."""
+    row = threefry2x32(
+        (seed[:, :1], seed[:, 1:]),
+        (sample_index[:, None].astype(jnp.uint32), position[:, None].astype(jnp.uint32)),
+    )
+    bits, _ = threefry2x32(row, (jnp.arange(vocab, dtype=jnp.uint32)[None], jnp.uint32(0)))
+    # 23 bits and a half: exact in float32, never 0 or 1.
+    uniform = pin(((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23)
+    return pin(-jnp.log(-jnp.log(uniform)))
