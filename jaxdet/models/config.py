@@ -111,5 +111,7 @@ def inverse_frequencies(settings: dict[str, Any], head_dim: int) -> np.ndarray:
             wavelength = 2 * np.pi / frequencies
             smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
             return (1 - smooth) * frequencies / settings["factor"] + smooth * frequencies
+        case "factors":  # GGUF: one divisor per pair, computed by the converter
+            return frequencies / np.asarray(settings["factors"], np.float64)
         case other:
             raise ValueError(f"rope_type {other!r} is not supported; supported: default, linear, llama3")

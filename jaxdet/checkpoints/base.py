@@ -1,0 +1,53 @@
+"""What every checkpoint format offers: a config, named tensors read one at a time, a tokenizer."""
+
+import abc
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxdet.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape (Hugging Face layout: [out, in]) and dtype of a tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Checkpoint(abc.ABC):
+    """A model on disk. Tensors carry Hugging Face names and layouts whatever the format."""
+
+    name: str
+    config: dict[str, Any]
+    """The model's config.json."""
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor; nothing else is kept in memory.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.name} has no tensor {name!r}; the checkpoint is incomplete, fetch it again")
+        return self._read(name)
+
+    @abc.abstractmethod
+    def _read(self, name: str) -> np.ndarray: ...
+
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
+
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
+        total = hashlib.sha256()
+        for name in sorted(self.tensors):
+            value = self.read(name)
+            total.update(f"{name}/{value.dtype}/{value.shape}/".encode())
+            total.update(np.ascontiguousarray(value).view(np.uint8).data)
+        return total.hexdigest()

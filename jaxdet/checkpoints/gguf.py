@@ -1,0 +1,150 @@
+"""GGUF files, dequantised with the `gguf` package and translated to Hugging Face names, layouts and config."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from jaxdet.checkpoints.base import Checkpoint, TensorInfo
+from jaxdet.checkpoints.gguf_tokenizer import read_tokenizer
+from jaxdet.tokenizer import Tokenizer
+
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+QUANTISATIONS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA_BLOCK = BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+class GGUFCheckpoint(Checkpoint):
+    """One .gguf file.
+
+    Raises:
+        ValueError: the file is damaged or cut short, or its architecture or a quantisation is not supported (named).
+    """
+
+    def __init__(self, path: Path, name: str | None = None):
+        self.path, self.name = path, name or path.stem
+        try:
+            self._reader = gguf.GGUFReader(path)
+            self._fields = {k: f.contents() for k, f in self._reader.fields.items() if "tokenizer" not in k}
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError):
+            raise ValueError(f"{path} is no GGUF file, damaged or cut short; fetch it again") from None
+        self._architecture = str(self._fields.get("general.architecture"))
+        if self._architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"architecture {self._architecture!r} in {path.name} is not supported; "
+                f"supported: {', '.join(ARCHITECTURES)}"
+            )
+        self._gguf: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        size = path.stat().st_size
+        for tensor in self._reader.tensors:
+            if tensor.tensor_type.name not in QUANTISATIONS:
+                raise ValueError(
+                    f"{tensor.name} in {path.name} is quantised as {tensor.tensor_type.name}, which is not "
+                    f"supported; supported: {', '.join(QUANTISATIONS)}"
+                )
+            if tensor.data_offset + tensor.n_bytes > size:
+                raise ValueError(f"{path} is cut short at {tensor.name}; fetch it again")
+            if (hf := self._translate(tensor.name)) is not None:
+                self._gguf[hf] = tensor
+                shape = tuple(int(n) for n in reversed(tensor.shape))
+                self.tensors[hf] = TensorInfo(shape, np.dtype(np.float32))
+        self.config = self._read_config()
+
+    def tokenizer(self) -> Tokenizer:
+        return read_tokenizer(self._reader, self.path.name)
+
+    def _translate(self, name: str) -> str | None:
+        stem, _, kind = name.rpartition(".")
+        if stem in TOP:
+            return f"{TOP[stem]}.{kind}"
+        if not stem.startswith("blk."):
+            return None  # rope_freqs: read by the config
+        _, layer, part = stem.split(".", 2)
+        block = GEMMA_BLOCK if self._architecture == "gemma3" else BLOCK
+        return f"model.layers.{layer}.{block[part]}.{kind}" if part in block else None
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = self._gguf[name]
+        value = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        value = value.reshape(self.tensors[name].shape)
+        if self._architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = self.config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            value = _unpermute(value, heads)
+        if self._architecture == "gemma3" and "norm" in name:
+            value = value - np.float32(1)  # GGUF stores 1 + w
+        return value
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self._fields.get(f"{self._architecture}.{key}", default)
+
+    def _read_config(self) -> dict[str, Any]:
+        heads, hidden = self._get("attention.head_count"), self._get("embedding_length")
+        if not heads or not hidden or "model.embed_tokens.weight" not in self.tensors:
+            raise ValueError(f"{self.path} lacks the model's shape or token_embd.weight; fetch it again")
+        head_dim = self._get("attention.key_length", hidden // heads)
+        ids = {k: self._field(f"tokenizer.ggml.{k}") for k in ("bos_token_id", "eos_token_id")}
+        config = {
+            "model_type": ARCHITECTURES[self._architecture],
+            "hidden_size": hidden,
+            "num_hidden_layers": self._get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": self._get("feed_forward_length"),
+            "rms_norm_eps": self._get("attention.layer_norm_rms_epsilon", 1e-6),
+            "vocab_size": self.tensors["model.embed_tokens.weight"].shape[0],
+            "max_position_embeddings": self._get("context_length", 2048),
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
+            "rope_theta": self._get("rope.freq_base", 10000.0),
+            "torch_dtype": "float32",
+            **{k: v for k, v in ids.items() if v is not None},
+        }
+        config |= self._rope_scaling(head_dim)
+        if (window := self._get("attention.sliding_window")) is not None:
+            config["sliding_window"] = window
+        if self._architecture == "gemma3":
+            config["query_pre_attn_scalar"] = head_dim if hidden != 5376 else hidden // heads
+        return config
+
+    def _field(self, key: str) -> Any:
+        field = self._reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    def _rope_scaling(self, head_dim: int) -> dict[str, Any]:
+        """Linear scaling from the metadata; Llama 3's from the factors that converters store as a tensor."""
+        factors = next((t for t in self._reader.tensors if t.name == "rope_freqs.weight"), None)
+        if factors is not None:
+            return {"rope_scaling": {"rope_type": "factors", "factors": np.asarray(factors.data).tolist()}}
+        kind = self._get("rope.scaling.type", "none")
+        if kind == "none":
+            return {}
+        return {"rope_scaling": {"rope_type": kind, "factor": self._get("rope.scaling.factor", 1.0)}}
+
+
+def _unpermute(value: np.ndarray, heads: int) -> np.ndarray:
+    """GGUF interleaves the two halves of each rotary head; Hugging Face keeps them apart."""
+    pairs = value.shape[0] // heads // 2
+    return value.reshape(heads, pairs, 2, -1).swapaxes(1, 2).reshape(value.shape)

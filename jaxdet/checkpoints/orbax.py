@@ -1,0 +1,73 @@
+"""Orbax directories: every tensor under its Hugging Face name, with config and tokenizer beside them."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxdet.checkpoints.base import Checkpoint, TensorInfo
+from jaxdet.tokenizer import Tokenizer, read_json
+
+ARRAYS = "arrays"
+MANIFEST = "jaxdet.json"
+
+
+class OrbaxCheckpoint(Checkpoint):
+    """A directory made by `save_checkpoint(..., format="orbax")`; enough on its own.
+
+    Raises:
+        ValueError: the directory is damaged or incomplete.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder.absolute(), folder.name
+        self.config = read_json(folder / "config.json")
+        manifest = read_json(folder / MANIFEST).get("tensors")
+        if not self.config or not manifest:
+            raise ValueError(f"{folder} lacks config.json or {MANIFEST}; convert the model again")
+        self.tensors = {
+            name: TensorInfo(tuple(entry["shape"]), np.dtype(jax.numpy.dtype(entry["dtype"])))
+            for name, entry in manifest.items()
+        }
+        if missing := [name for name in self.tensors if not (folder / ARRAYS / name / "_METADATA").exists()]:
+            raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; convert the model again")
+        self._handler = ocp.StandardCheckpointer()
+
+    def _read(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        return np.asarray(self._restore(name, jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=cpu)))
+
+    def restore_sharded(self, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+        """Restores the named tensors straight into their shardings, each device reading its own part."""
+        return {
+            name: self._restore(
+                name, jax.ShapeDtypeStruct(self.tensors[name].shape, self.tensors[name].dtype, sharding=sharding)
+            )
+            for name, sharding in shardings.items()
+        }
+
+    def _restore(self, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+        try:
+            return self._handler.restore(self.folder / ARRAYS / name, {"value": target})["value"]
+        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            raise ValueError(f"{self.folder}: tensor {name!r} is damaged ({reason}); convert the model again") from None
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.folder)
+
+
+def write_orbax(folder: Path, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Writes tensors one at a time, each as its own Orbax checkpoint, and the manifest that names them."""
+    manifest = {}
+    with ocp.StandardCheckpointer() as handler:
+        for name, value in tensors:
+            manifest[name] = {"shape": list(value.shape), "dtype": str(value.dtype)}
+            handler.save(folder.absolute() / ARRAYS / name, {"value": jax.numpy.asarray(value)})
+            handler.wait_until_finished()
+    (folder / MANIFEST).write_text(json.dumps({"tensors": manifest}, indent=1))

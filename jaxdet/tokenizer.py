@@ -1,0 +1,175 @@
+"""Text to token ids and back, over the `tokenizers` library; chat templates run in jinja's sandbox."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import decoders
+
+CONFIG_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template.
+
+    Args:
+        backend: the `tokenizers` tokenizer.
+        bos_token, eos_token: special tokens, as text.
+        eos_token_ids: every id that ends an answer.
+        chat_template: jinja source, or None.
+        add_bos: put the bos token first when the tokenizer itself does not.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        eos_token_ids: Sequence[int],
+        chat_template: str | None,
+        add_bos: bool = False,
+    ):
+        self.backend = backend
+        self.bos_token, self.eos_token = bos_token, eos_token
+        self.bos_token_id = backend.token_to_id(bos_token) if bos_token else None
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.chat_template = chat_template
+        self.add_bos = add_bos
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Reads tokenizer.json and what stands beside it.
+
+        Raises:
+            ValueError: there is no tokenizer.json, or it is damaged.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise ValueError(f"{path} is missing or damaged ({_first_line(error)}); fetch the model again") from None
+        config, generation, model = (
+            read_json(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        )
+        template = config.get("chat_template")
+        if isinstance(template, list):  # named templates
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        if (jinja := folder / "chat_template.jinja").exists():
+            template = jinja.read_text(encoding="utf-8")
+        bos, eos = (_content(config.get(key)) for key in ("bos_token", "eos_token"))
+        ids = generation.get("eos_token_id", model.get("eos_token_id", []))
+        ids = set(ids if isinstance(ids, list) else [ids])
+        ids |= {backend.token_to_id(eos)} if eos else set()
+        return cls(
+            backend,
+            bos_token=bos,
+            eos_token=eos,
+            eos_token_ids=sorted(i for i in ids if i is not None),
+            chat_template=template,
+            add_bos=bool(config.get("add_bos_token")),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self.add_bos and ids[:1] != [self.bos_token_id]:
+            ids = [self.bos_token_id, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the text that the model was trained on.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refuses the messages.
+        """
+        if not self.chat_template:
+            raise ValueError("messages need a chat template and this model has none; use generate with a prompt")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token or "",
+                eos_token=self.eos_token or "",
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"messages do not fit the chat template: {_first_line(error)}") from None
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json for `from_folder`."""
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "add_bos_token": self.add_bos,
+            "chat_template": self.chat_template,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
+        generation = {"bos_token_id": self.bos_token_id, "eos_token_id": list(self.eos_token_ids)}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
+
+
+class DecodeStream:
+    """Decodes a growing list of tokens; text comes out once it is whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._backend = tokenizer.backend
+        self._stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
+
+    def step(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is unfinished."""
+        return self._stream.step(self._backend, token) or ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, {} if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); fetch the model again") from None
+
+
+def _content(token: str | Mapping[str, Any] | None) -> str | None:
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
