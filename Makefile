@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up .venv by themselves. PYTHON=/path/to/python overrules the search.
+BIN := .venv/bin
+SOURCES := jaxdet pallas_kernels tests benchmarks
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-slow check bench lock clean
+help:
+	@echo "make demo       answers a few prompts with SmolLM2-135M and proves that the bits do not move"
+	@echo "make test       lint, types and tests (about 15 minutes on two cores)"
+	@echo "make test-slow  the longer tests"
+	@echo "make bench      jaxdet beside plain jitted JAX"
+
+setup: .venv/.ready
+.venv/.ready: requirements.lock pyproject.toml scripts/find_python.sh
+	@set -e; python="$(PYTHON)"; [ -n "$$python" ] || python=$$(scripts/find_python.sh); \
+	echo "Setting up .venv with $$($$python --version)"; $$python -m venv .venv
+	@echo "Installing the locked packages"
+	@$(BIN)/python -m pip install --progress-bar on -q --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup
+	@$(BIN)/jaxdet demo
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: check
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/pytest -m "slow and not gpu"
+
+bench: setup
+	$(BIN)/python benchmarks/generate.py
+
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
+		--constraint constraints.txt --no-emit-index-url --no-emit-find-links --no-annotate \
+		--custom-compile-command "make lock" --allow-unsafe --quiet -o requirements.lock
+
+clean:
+	rm -rf .venv dist build out .pytest_cache .ruff_cache .hypothesis
