@@ -1,0 +1,323 @@
+"""Matrix products on Hopper: one producer warpgroup feeds wgmma through a ring of shared-memory stages.
+
+Order, per output: products accumulate in float32 in ascending k, in wgmma steps of 16; then + bias, + residual
+(or act(gate) · up), each in float32; one rounding at the end. Tile shape, stages and CTA count don't touch it.
+
+Weights are stored [ceil(K / 64), N, 64], so that a k-block of any column range is one contiguous TMA box. Gate
+and up columns alternate in groups of GATE_GROUP, so that one CTA holds both halves of what it multiplies.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import interpreting, pl, plgpu, require_hopper
+from pallas_kernels.matmul.tuning_sm90 import Tile
+from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
+
+K_BLOCK = 64
+COLUMN_ALIGN = 64
+GATE_GROUP = 32
+SMS = 132
+SHARED_BYTES = 222 * 1024
+REGISTERS = {1: 240, 2: 232, 3: 152}
+
+
+def pack(w):
+    """[K, N] → [ceil(K / 64), N rounded up to 64, 64], zero padded; NumPy in, NumPy out."""
+    k, n = w.shape
+    pad = -k % K_BLOCK, -n % COLUMN_ALIGN
+    if pad != (0, 0):
+        w = w.__array_namespace__().pad(w, ((0, pad[0]), (0, pad[1])))
+    blocked = w.reshape(-1, K_BLOCK, w.shape[1]).transpose(0, 2, 1)
+    return (
+        blocked.__array_namespace__().ascontiguousarray(blocked) if not isinstance(w, jax.Array) else blocked
+    )
+
+
+def unpack(packed, k: int, n: int):
+    """The inverse of `pack`."""
+    return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[:k, :n]
+
+
+def take_columns(packed, ids, k: int):
+    """Columns `ids` of the [K, N] matrix as rows [T, K]."""
+    picked = packed.at[:, ids].get(mode="promise_in_bounds")
+    return picked.transpose(1, 0, 2).reshape(ids.shape[0], -1)[:, :k]
+
+
+def pack_gated(gate, up):
+    """Gate and up [K, F] as one packed matrix: GATE_GROUP columns of gate, the same of up, and so on."""
+    k, width = gate.shape
+    xp = gate.__array_namespace__()
+    pad = -width % GATE_GROUP
+    halves = [xp.pad(w, ((0, 0), (0, pad))).reshape(k, -1, 1, GATE_GROUP) for w in (gate, up)]
+    return pack(xp.concatenate(halves, axis=2).reshape(k, -1))
+
+
+def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None, tile: Tile | None = None):
+    """See `op.matmul`; bfloat16 or float16. `tile` overrides the tuning table."""
+    y = _product(x, packed, bias=bias, residual=residual, out_dtype=out_dtype, tile=tile)
+    return y if y.shape == (x.shape[0], n) else y[: x.shape[0], :n]
+
+
+def gated_matmul(x, packed, *, n, activation, out_dtype=None, tile: Tile | None = None):
+    """See `op.gated_matmul`; bfloat16 or float16."""
+    y = _product(x, packed, activation=activation, out_dtype=out_dtype, tile=tile)
+    return y if y.shape == (x.shape[0], n) else y[: x.shape[0], :n]
+
+
+def silu(x):
+    """x / (1 + exp(−x))."""
+    return x * (1.0 / (1.0 + jnp.exp(-x)))
+
+
+def gelu_tanh(x):
+    """x / (1 + exp(−2t)) with t = √(2/π) (x + 0.044715 x³), which is x/2 · (1 + tanh t)."""
+    return x * (1.0 / (1.0 + jnp.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * (x * x)))))
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+
+
+def _product(x, packed, *, bias=None, residual=None, activation=None, out_dtype=None, tile=None):
+    require_hopper("matmul")
+    rows, k = x.shape
+    blocks, columns, _ = packed.shape
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or packed.dtype != x.dtype:
+        raise ValueError(
+            f"matmul: x is {x.dtype} and packed {packed.dtype}; mosaic_gpu takes bfloat16 or float16; "
+            "use backend='xla'"
+        )
+    if -(-k // K_BLOCK) != blocks:
+        raise ValueError(
+            f"matmul: x has K={k} but packed holds {blocks} blocks of {K_BLOCK}; pack a [{k}, N] matrix"
+        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    tile = tile or tuned_tile(rows, k, columns)
+    # TMA wants fewer than 8 rows or a multiple of 8, and partly out-of-range boxes are slow.
+    # The interpreter does not copy part of a tile.
+    unit = tile.rows if rows > 64 or interpreting() else 8 if rows > 8 else 1
+    pad = ((0, -rows % unit), (0, blocks * K_BLOCK - k))
+    if pad != ((0, 0), (0, 0)):
+        x = jnp.pad(x, pad)
+    width = columns // 2 if activation else columns
+    extra = []
+    if bias is not None:
+        extra.append(jnp.pad(bias.astype(jnp.float32), (0, width - bias.shape[0])))
+    if residual is not None:
+        if (fill := ((0, x.shape[0] - rows), (0, width - residual.shape[1]))) != ((0, 0), (0, 0)):
+            residual = jnp.pad(residual, fill)
+        extra.append(residual)
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(
+            f"matmul: residual is {residual.dtype}, x is {x.dtype}; cast the residual to x's dtype"
+        )
+    call = _kernel(
+        x.shape,
+        columns,
+        x.dtype,
+        out_dtype or x.dtype,
+        tile,
+        bias is not None,
+        residual is not None,
+        activation,
+    )
+    return call(x, packed, *extra)
+
+
+def _transforms(columns: int, itemsize: int):
+    """Swizzle for a [rows, columns] buffer that TMA and wgmma share; none where a row is too narrow."""
+    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
+    if swizzle <= 16:
+        return ()
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+@functools.cache
+def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residual, activation):
+    rows, k = x_shape
+    depth = tile.depth if k % tile.depth == 0 else K_BLOCK
+    groups, group_rows = tile.row_groups, tile.rows // tile.row_groups
+    steps, k_blocks = k // depth, depth // K_BLOCK
+    row_tiles, column_tiles = -(-rows // tile.rows), -(-columns // tile.columns)
+    tiles = row_tiles * column_tiles
+    ctas = min(tiles, SMS)
+    ratio = 2 if activation else 1
+    out_columns = tile.columns // ratio
+    chunk = GATE_GROUP if activation else max(c for c in range(8, 65, 8) if out_columns % c == 0)
+    loaded_rows = min(tile.rows, -(-rows // 8) * 8)
+    stored_rows = min(group_rows, -(-rows // 8) * 8) if groups == 1 else group_rows
+    out_size = jnp.dtype(out_dtype).itemsize
+    used = tile.rows * chunk * (out_size + (2 if has_residual else 0)) + 4096
+    stages = (SHARED_BYTES - used) // ((tile.rows + tile.columns) * depth * 2)
+    stages = min(stages, steps) if ctas == tiles else min(stages, 32)
+
+    def body(x_g, w_g, *rest):
+        rest = list(rest)
+        bias_g = rest.pop(0) if has_bias else None
+        residual_g = rest.pop(0) if has_residual else None
+        (out_g,) = rest
+
+        def scoped(x_s, w_s, out_s, full, empty, residual_s=None, residual_bar=None):
+            group = lax.axis_index("wg")
+            cta = lax.axis_index("cta")
+            count = lax.div(jnp.int32(tiles - 1) - cta, jnp.int32(ctas)) + 1 if tiles > ctas else 1
+
+            def origin(local):
+                at = cta + local * ctas
+                if row_tiles == 1:
+                    return 0, at
+                # Row tiles vary fastest: CTAs that run together share their weights in L2.
+                return (
+                    lax.rem(at, jnp.int32(row_tiles)),
+                    lax.div(at, jnp.int32(row_tiles)),
+                )
+
+            @pl.when(group == groups)
+            def _produce():
+                if groups > 1:
+                    plgpu.set_max_registers(40, action="decrease")
+
+                def each_tile(local, _):
+                    row, column = origin(local)
+
+                    def each_step(i, _):
+                        step = local * steps + i
+                        slot = lax.rem(step, jnp.int32(stages))
+
+                        @pl.when(step >= stages)
+                        def _():
+                            plgpu.barrier_wait(empty.at[slot])
+
+                        plgpu.copy_gmem_to_smem(
+                            w_g.at[
+                                pl.ds(i * k_blocks, k_blocks), pl.ds(column * tile.columns, tile.columns), :
+                            ],
+                            w_s.at[slot],
+                            full.at[slot],
+                        )
+                        to = (
+                            x_s.at[slot]
+                            if loaded_rows == tile.rows
+                            else x_s.at[slot, pl.ds(0, loaded_rows), :]
+                        )
+                        plgpu.copy_gmem_to_smem(
+                            x_g.at[pl.ds(row * tile.rows, loaded_rows), pl.ds(i * depth, depth)],
+                            to,
+                            full.at[slot],
+                        )
+                        return ()
+
+                    lax.fori_loop(0, steps, each_step, ())
+                    return ()
+
+                lax.fori_loop(0, count, each_tile, ())
+
+            @pl.when(group < groups)
+            def _consume():
+                if groups > 1:
+                    plgpu.set_max_registers(REGISTERS[groups], action="increase")
+
+                def each_tile(local, _):
+                    row, column = origin(local)
+
+                    def accumulate(acc):
+                        def each_step(i, _):
+                            step = local * steps + i
+                            slot = lax.rem(step, jnp.int32(stages))
+                            plgpu.barrier_wait(full.at[slot])
+                            for block in range(k_blocks):
+                                left = x_s.at[
+                                    slot,
+                                    pl.ds(group * group_rows, group_rows),
+                                    pl.ds(block * K_BLOCK, K_BLOCK),
+                                ]
+                                plgpu.wgmma(acc, left, w_s.at[slot, block].transpose((1, 0)))
+                            plgpu.wgmma_wait(k_blocks)  # the step before this one is done: its stage is free
+
+                            @pl.when(i > 0)
+                            def _():
+                                plgpu.barrier_arrive(empty.at[lax.rem(step - 1, jnp.int32(stages))])
+
+                            return ()
+
+                        lax.fori_loop(0, steps, each_step, ())
+                        value = acc[...]
+                        plgpu.barrier_arrive(empty.at[lax.rem(local * steps + steps - 1, jnp.int32(stages))])
+                        return value
+
+                    sums = pl.run_scoped(accumulate, plgpu.ACC((group_rows, tile.columns), jnp.float32))
+                    out_buffer = out_s.at[group]
+                    to_store = (
+                        out_buffer if stored_rows == group_rows else out_buffer.at[pl.ds(0, stored_rows), :]
+                    )
+                    for j in range(out_columns // chunk):
+                        out_column = column * out_columns + j * chunk
+                        where = (
+                            pl.ds(row * tile.rows + group * group_rows, stored_rows),
+                            pl.ds(out_column, chunk),
+                        )
+                        if has_residual:
+                            loaded = residual_s.at[group]
+                            landing = (
+                                loaded if stored_rows == group_rows else loaded.at[pl.ds(0, stored_rows), :]
+                            )
+                            plgpu.copy_gmem_to_smem(residual_g.at[where], landing, residual_bar.at[group])
+                        if activation:
+                            gate = sums[:, 2 * j * chunk : (2 * j + 1) * chunk]
+                            up = sums[:, (2 * j + 1) * chunk : (2 * j + 2) * chunk]
+                            y = ACTIVATIONS[activation](gate) * up
+                        else:
+                            y = sums[:, j * chunk : (j + 1) * chunk]
+                        if has_bias:
+                            bias = plgpu.load(
+                                bias_g.at[pl.ds(out_column, chunk)],
+                                layout=plgpu.Layout.WGMMA.reduce(0),
+                                optimized=False,
+                            )
+                            y = y + lax.broadcast_in_dim(bias, (group_rows, chunk), [1])
+                        if has_residual:
+                            plgpu.barrier_wait(residual_bar.at[group])
+                            y = y + loaded[...].astype(jnp.float32)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        out_buffer[...] = y.astype(out_dtype)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(to_store, out_g.at[where])
+                    return ()
+
+                lax.fori_loop(0, count, each_tile, ())
+                plgpu.wait_smem_to_gmem(0)
+
+        operand = _transforms(K_BLOCK, 2)
+        scratch = {}
+        if has_residual:
+            scratch = {
+                "residual_s": plgpu.SMEM(
+                    (groups, group_rows, chunk), dtype, transforms=_transforms(chunk, 2)
+                ),
+                "residual_bar": plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+            }
+        pl.run_scoped(
+            scoped,
+            x_s=plgpu.SMEM((stages, tile.rows, depth), dtype, transforms=operand),
+            w_s=plgpu.SMEM((stages, k_blocks, tile.columns, K_BLOCK), dtype, transforms=operand),
+            out_s=plgpu.SMEM((groups, group_rows, chunk), out_dtype, transforms=_transforms(chunk, out_size)),
+            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            collective_axes="wg",
+            **scratch,
+        )
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, columns // ratio), out_dtype),
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=groups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )

@@ -1,0 +1,49 @@
+"""Tile shapes of the Hopper matmul. They never touch a bit: every entry accumulates k in ascending order."""
+
+import dataclasses
+import json
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One configuration: what a CTA computes and how it is fed."""
+
+    rows: int
+    """Rows of the result per CTA, a multiple of 64 · row_groups."""
+    columns: int
+    """Columns per CTA (gate and up columns together in a gated product)."""
+    depth: int = 64
+    """k per pipeline stage: 64 or 128."""
+    row_groups: int = 1
+    """Consumer warpgroups, each with rows / row_groups rows."""
+
+
+ROW_BUCKETS = (64, 128, 192, 256, 512, 8192)
+"""A row count uses the first bucket that holds it; more rows use the last."""
+
+DEFAULT = {
+    64: Tile(64, 64),
+    128: Tile(64, 128),
+    192: Tile(64, 128),
+    256: Tile(128, 128, row_groups=2),
+    512: Tile(128, 128, row_groups=2),
+    8192: Tile(128, 256, row_groups=2),
+}
+"""For shapes that the table lacks."""
+
+_FILE = pathlib.Path(__file__).with_name("tuning_sm90.json")
+TABLE: dict[str, dict[str, list[int]]] = json.loads(_FILE.read_text())["tiles"] if _FILE.exists() else {}
+""""{K}x{columns}" -> row bucket -> the fields of a Tile, as measured by benchmarks/tune_matmul.py."""
+
+
+def bucket(rows: int) -> int:
+    """The row bucket of `rows`."""
+    return next((b for b in ROW_BUCKETS if rows <= b), ROW_BUCKETS[-1])
+
+
+def tile(rows: int, k: int, columns: int) -> Tile:
+    """The configuration for [rows, k] × [k, columns], columns as packed."""
+    at = bucket(rows)
+    entry = TABLE.get(f"{k}x{columns}", {}).get(str(at))
+    return Tile(*entry) if entry else DEFAULT[at]

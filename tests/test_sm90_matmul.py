@@ -1,0 +1,80 @@
+"""The Hopper matmul without a GPU: interpreted on small shapes, lowered for CUDA on real ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.compat import gpu_interpreter
+from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
+from pallas_kernels.matmul.tuning_sm90 import DEFAULT, TABLE, Tile
+
+K, N = 192, 128
+
+
+def _operands(rows, k=K, n=N):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (rows, k)).astype(jnp.bfloat16)
+    w = (jax.random.normal(keys[1], (k, n)) * 0.1).astype(jnp.bfloat16)
+    return x, w, jax.random.normal(keys[2], (rows, n)).astype(jnp.bfloat16)
+
+
+@pytest.mark.interpret
+def test_rows_do_not_depend_on_batch_or_neighbours():
+    x, w, residual = _operands(70)
+    packed, bias, tile = kernel.pack(w), jnp.arange(N, dtype=jnp.float32), Tile(64, 64)
+
+    def run(rows, x=x):
+        with gpu_interpreter():
+            y = kernel.matmul(x[:rows], packed, n=N, bias=bias, residual=residual[:rows], tile=tile)
+        return np.asarray(y).view(np.uint16)
+
+    full = run(70)
+    for rows in (1, 3, 9):
+        np.testing.assert_array_equal(run(rows), full[:rows])
+    poisoned = x.at[1::2].set(jnp.nan)
+    np.testing.assert_array_equal(run(70, poisoned)[::2], full[::2])
+    exact = (
+        np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+        + np.arange(N)
+        + np.asarray(residual, np.float64)
+    )
+    error = np.linalg.norm(full.view(x.dtype).astype(np.float64) - exact) / np.linalg.norm(exact)
+    assert error < 3e-3
+
+
+@pytest.mark.interpret
+def test_gated_product_is_close_to_float64():
+    x, gate, _ = _operands(8, n=64)
+    up = jnp.roll(gate, 1, axis=0)
+    with gpu_interpreter():
+        y = kernel.gated_matmul(x, kernel.pack_gated(gate, up), n=64, activation="silu", tile=Tile(64, 64))
+    g, u = (np.asarray(x, np.float64) @ np.asarray(w, np.float64) for w in (gate, up))
+    exact = g / (1 + np.exp(-g)) * u
+    assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+
+
+def test_pack_round_trips_and_looks_up_columns():
+    w = np.arange(100 * 70, dtype=np.float32).reshape(100, 70)
+    packed = kernel.pack(w)
+    assert packed.shape == (2, 128, 64)
+    np.testing.assert_array_equal(kernel.unpack(packed, 100, 70), w)
+    picked = kernel.take_columns(jnp.asarray(packed), jnp.array([3, 69]), 100)
+    np.testing.assert_array_equal(picked, w[:, [3, 69]].T)
+
+
+TILES = {Tile(*entry) for buckets in TABLE.values() for entry in buckets.values()} | set(DEFAULT.values())
+
+
+@pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)
+def test_every_tile_lowers_for_cuda(tile):
+    struct = jax.ShapeDtypeStruct
+    x, packed = struct((512, 4096), jnp.bfloat16), struct((64, 6144, 64), jnp.bfloat16)
+    product = jax.jit(lambda x, w: kernel.matmul(x, w, n=6144, tile=tile))
+    product.trace(x, packed).lower(lowering_platforms=("cuda",))
+
+
+def test_wrong_dtype_names_the_backend_that_works():
+    x, w, _ = _operands(2)
+    with pytest.raises(ValueError, match="use backend='xla'"):
+        kernel.matmul(x.astype(jnp.float32), kernel.pack(w), n=N)
