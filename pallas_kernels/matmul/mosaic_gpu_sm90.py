@@ -1,10 +1,11 @@
 """Matrix products on Hopper: one producer warpgroup feeds wgmma through a ring of shared-memory stages.
 
-Order, per output: products accumulate in float32 in ascending k, in wgmma steps of 16; then + bias, + residual
-(or act(gate) · up), each in float32; one rounding at the end. Tile shape, stages and CTA count don't touch it.
+Order, per output: products accumulate in float32 in ascending k, in wgmma steps of 16; then + bias and
++ residual (or act(gate) · up), each in float32; one rounding at the end. Tile shape, number of stages and
+number of CTAs don't touch it.
 
-Weights are stored [ceil(K / 64), N, 64], so that a k-block of any column range is one contiguous TMA box. Gate
-and up columns alternate in groups of GATE_GROUP, so that one CTA holds both halves of what it multiplies.
+Weights are stored [ceil(K / 64), N, 64], so that a k-block of any column range is one contiguous TMA box.
+Gate and up columns alternate in groups of GATE_GROUP, so that one CTA holds both halves of what it multiplies.
 """
 
 import functools
