@@ -1,0 +1,25 @@
+"""Runs the tests on the CPU, unless `-m gpu` asks for the GPU; XLA_FLAGS stay as they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REFERENCES = Path(__file__).parent / "references"
+
+
+def pytest_configure(config):
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@pytest.fixture
+def tiny_model() -> Path:
+    """A random Llama of 2 layers and 288 tokens, in Hugging Face's layout, without a tokenizer."""
+    return REFERENCES / "llama"
+
+
+@pytest.fixture
+def references() -> Path:
+    """The folder of transformers' logits; its README says what is in it."""
+    return REFERENCES
