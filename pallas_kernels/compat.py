@@ -1,10 +1,19 @@
 """The only module that names unstable jax.experimental APIs."""
 
 import jax
+from jax._src.lib.mlir.dialects import math as mlir_math
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["gpu_interpreter", "interpreting", "pl", "plgpu", "require_hopper"]
+__all__ = [
+    "fused_multiply_add",
+    "gpu_interpreter",
+    "interpreting",
+    "pl",
+    "plgpu",
+    "reduce_columns",
+    "require_hopper",
+]
 
 
 def gpu_interpreter():
@@ -26,3 +35,37 @@ def require_hopper(op: str) -> None:
         raise ValueError(
             f"{op}: mosaic_gpu needs compute capability 9.0, this GPU has {capability}; use backend='xla'"
         )
+
+
+def fused_multiply_add(a, b, c, layout):
+    """a · b + c with one rounding, inside a Mosaic GPU kernel; the interpreter may round twice."""
+    if interpreting():
+        return a * b + c
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * 3,
+        return_type=plgpu.ShapeDtypeStruct(c.shape, c.dtype, layout=layout),
+    )
+    def fma(_, x, y, z):
+        return x._pointwise(mlir_math.fma, y, z)
+
+    return fma(a, b, c)
+
+
+def reduce_columns(x, layout, row_layout):
+    """Sum over the columns of a [rows, columns] WGMMA tile in one tree, whatever the number of rows.
+
+    Mosaic's own `sum` picks its tree from the rows a warpgroup holds. Column 8g + 2t + e: even g ascending
+    plus odd g ascending, then e = 0 plus e = 1, then (t₀ + t₁) + (t₂ + t₃).
+    """
+    if interpreting():
+        return x.sum(axis=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct((x.shape[0],), x.dtype, layout=row_layout),
+    )
+    def pinned(_, tile):
+        return tile.reduce("add", 1, acc_ilp=x.shape[0] // 8)
+
+    return pinned(x)

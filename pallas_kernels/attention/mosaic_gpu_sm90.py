@@ -1,0 +1,33 @@
+"""Paged attention on Hopper. Decode and prefill share one contract, spelled out in `online_softmax_sm90`."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.attention.decode_sm90 import decode
+from pallas_kernels.attention.prefill_sm90 import prefill
+from pallas_kernels.attention.segments_sm90 import BLOCK
+from pallas_kernels.compat import require_hopper
+
+
+def attention(
+    q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap, max_query_len
+):
+    """See `op.attention`; bfloat16 or float16, head_dim 64, 96, 128 or 256, pages of a multiple of 128 keys.
+
+    With `max_query_len=1`, row s of `q` is the query of sequence s.
+    """
+    require_hopper("attention")
+    dim, page, group = q.shape[2], k_pages.shape[2], q.shape[1] // k_pages.shape[1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype != q.dtype or v_pages.dtype != q.dtype:
+        raise ValueError(
+            f"attention: q is {q.dtype} and the cache {k_pages.dtype}; mosaic_gpu takes bfloat16 or float16; "
+            "use backend='xla'"
+        )
+    if dim not in BLOCK or page % 128 or group > 64:
+        raise ValueError(
+            f"attention: head_dim={dim}, page={page}, {group} query heads a KV head; mosaic_gpu takes "
+            f"head_dim {', '.join(map(str, BLOCK))}, pages of a multiple of 128 and groups up to 64; use backend='xla'"
+        )
+    options = {"scale": float(scale), "window": window, "soft_cap": soft_cap}
+    if max_query_len == 1:
+        return decode(q, k_pages, v_pages, block_tables, seq_lens, **options)
+    return prefill(q, k_pages, v_pages, block_tables, query_start, seq_lens, **options)

@@ -1,0 +1,126 @@
+"""The arithmetic that prefill and decode share on Hopper; every line of it is part of the contract.
+
+Scores are in log2 units: s · c with c = log2(e) · scale, or log2(e) · cap after a soft-cap. A warpgroup
+holds 64 query rows. Within a segment, from the empty state m = −1e30, l = 0, acc = 0, blocks of keys ascending:
+
+    m′ = max(m, max(s) · c);  p = 2^fma(s, c, −m′);  α = 2^(m − m′)
+    l = fma(l, α, Σp);  acc = acc · α, then += round(p) · V, keys ascending in wgmma steps of 16
+
+Σp is a pinned tree of the float32 p: for column 8g + 2t + e, even g ascending plus odd g ascending, then
+e = 0 plus e = 1, then (t₀ + t₁) + (t₂ + t₃). Segments merge in ascending order:
+
+    M′ = max(M, m);  a = 2^(M − M′);  b = 2^(m − M′);  O = fma(O, a, acc · b);  L = fma(L, a, l · b)
+
+and the result is O · (1 / L) + 0, rounded once; the sum turns −0 into +0, so that a block or segment of
+masked keys (p = 0, b = 0) is an exact no-op wherever it is skipped.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import fused_multiply_add, interpreting, pl, plgpu, reduce_columns
+
+LOG2_E = math.log2(math.e)
+EMPTY = -1e30
+ROWS = 64
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def full(shape, value, layout):
+    """A constant array in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def spread(x, columns: int):
+    """[rows] → [rows, columns]."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def empty(head_dim: int):
+    """(acc, m, l) before the first block of a segment; also (O, M, L) before the first segment."""
+    return full((ROWS, head_dim), 0, TILE), full((ROWS,), EMPTY, ROW), full((ROWS,), 0, ROW)
+
+
+def factor(scale: float, soft_cap: float | None) -> float:
+    """c of the block step."""
+    return LOG2_E * (scale if soft_cap is None else soft_cap)
+
+
+def cap(scores, scale: float, soft_cap: float | None):
+    """tanh(scale · s / cap) as 1 − 2 / (1 + 2^(2 log2(e) scale / cap · s)); `factor` multiplies by cap."""
+    if soft_cap is None:
+        return scores
+    return 1.0 - 2.0 * (1.0 / (1.0 + jnp.exp2(scores * (2.0 * LOG2_E * scale / soft_cap))))
+
+
+def mask(scores, row_position, key_position, window: int | None):
+    """−inf where a key lies after its query or outside the window; positions are [64, keys] int32."""
+    visible = row_position >= key_position
+    if window is not None:
+        visible = visible & (key_position + window > row_position)
+    return jnp.where(visible, scores, -jnp.inf)
+
+
+def block(scores, acc, m, mass, c: float, dtype):
+    """One block before its P · V product: (rounded p, acc · α, m′, mass′)."""
+    columns = scores.shape[1]
+    new = jnp.maximum(m, scores.max(axis=1) * c)
+    alpha = jnp.exp2(m - new)
+    scaled = fused_multiply_add(scores, full(scores.shape, c, TILE), spread(-new, columns), TILE)
+    p = jnp.exp2(scaled)
+    mass = fused_multiply_add(mass, alpha, reduce_columns(p, TILE, ROW), ROW)
+    return p.astype(dtype), acc * spread(alpha, acc.shape[1]), new, mass
+
+
+def accumulate(acc, product):
+    """acc += what `product(accumulator_ref)` multiplies."""
+    if interpreting():  # accumulators can't start from a value there
+
+        def alone(ref):
+            product(ref)
+            return ref[...]
+
+        return acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
+    return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def merge(out, best, total, acc, m, mass, layout=TILE, row_layout=ROW):
+    """(O, M, L) with one more segment."""
+    new = jnp.maximum(best, m)
+    a, b = jnp.exp2(best - new), jnp.exp2(m - new)
+    total = fused_multiply_add(total, a, mass * b, row_layout)
+    if out.ndim == 2:
+        a, b = spread(a, out.shape[1]), spread(b, out.shape[1])
+    return fused_multiply_add(out, a, acc * b, layout), new, total
+
+
+def finish(out, total, dtype):
+    """The output; zero for rows that saw no key."""
+    inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    if out.ndim == 2:
+        inverse = spread(inverse, out.shape[1])
+    return (out * inverse + 0.0).astype(dtype)
+
+
+def clear_tail(values, live):
+    """Zeroes rows from `live` on of a [keys, D] value tile in shared memory: 0 · NaN must not happen."""
+    keys, head_dim = values.shape
+    width = 64 if head_dim % 64 == 0 else 32
+
+    @pl.when(live < keys)
+    def _():
+        for first in range(0, keys, ROWS):
+            for column in range(0, head_dim, width):
+                part = values.at[pl.ds(first, ROWS), pl.ds(column, width)]
+                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=TILE) + first
+                part[...] = jnp.where(row < live, plgpu.load(part, layout=TILE), jnp.zeros((), values.dtype))
+        plgpu.commit_smem()
+
+
+def swizzled(columns: int, itemsize: int = 2):
+    """Transforms of a [rows, columns] buffer that TMA and wgmma share."""
+    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
