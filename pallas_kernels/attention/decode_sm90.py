@@ -1,7 +1,8 @@
 """Decode attention on Hopper: one query a sequence, segments spread over the SMs, then merged in order.
 
 A one-warpgroup CTA walks over (segment, KV head) items; the rows of its tile are the query heads of the
-group. Keys and values share a ring of tiles. How many CTAs there are and how items fall on them touches no bit.
+group. Keys and values share a ring of tiles. How many CTAs there are and how items fall on them touches no
+bit.
 """
 
 import functools

@@ -25,7 +25,8 @@ def attention(
     if dim not in BLOCK or page % 128 or group > 64:
         raise ValueError(
             f"attention: head_dim={dim}, page={page}, {group} query heads a KV head; mosaic_gpu takes "
-            f"head_dim {', '.join(map(str, BLOCK))}, pages of a multiple of 128 and groups up to 64; use backend='xla'"
+            f"head_dim {', '.join(map(str, BLOCK))}, pages of a multiple of 128 "
+            "and groups up to 64; use backend='xla'"
         )
     options = {"scale": float(scale), "window": window, "soft_cap": soft_cap}
     if max_query_len == 1:

@@ -1,7 +1,8 @@
 """The arithmetic that prefill and decode share on Hopper; every line of it is part of the contract.
 
 Scores are in log2 units: s · c with c = log2(e) · scale, or log2(e) · cap after a soft-cap. A warpgroup
-holds 64 query rows. Within a segment, from the empty state m = −1e30, l = 0, acc = 0, blocks of keys ascending:
+holds 64 query rows. Within a segment, from the empty state m = −1e30, l = 0, acc = 0, blocks of keys
+ascending:
 
     m′ = max(m, max(s) · c);  p = 2^fma(s, c, −m′);  α = 2^(m − m′)
     l = fma(l, α, Σp);  acc = acc · α, then += round(p) · V, keys ascending in wgmma steps of 16

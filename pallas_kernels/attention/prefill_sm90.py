@@ -1,8 +1,8 @@
 """Prefill attention on Hopper: tiles of 128 queries of one head, two warpgroups in ping-pong, one that loads.
 
 A tile walks over its keys in one flat loop of blocks; where a segment begins, the state is merged and emptied
-inside the softmax phase, which costs no spills. With head_dim 256 a tile has 64 queries: both warpgroups compute
-the same scores, each its half of the output columns.
+inside the softmax phase, which costs no spills. With head_dim 256 a tile has 64 queries: both warpgroups
+compute the same scores, each its half of the output columns.
 """
 
 import functools
