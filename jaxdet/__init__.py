@@ -50,7 +50,8 @@ def generate(
     listed = [prompts] if single else prompts
     if llm.tokenizer.chat_template:
         listed = [
-            llm.chat_prompt([{"role": "user", "content": p}]) if isinstance(p, str) and p else p for p in listed
+            llm.chat_prompt([{"role": "user", "content": p}]) if isinstance(p, str) and p else p
+            for p in listed
         ]
     return llm.generate(listed, SamplingParams(**sampling), use_tqdm=use_tqdm)  # pyright: ignore
 

@@ -64,7 +64,10 @@ class LLM:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} or auto")
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+        ):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         checkpoint = open_checkpoint(model)
@@ -152,7 +155,7 @@ class LLM:
             messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
             template: passed on to the chat template.
         """
-        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(c, **template) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -161,7 +164,9 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, **template)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
-    def score(self, token_id_sequences: Sequence[Sequence[int]], *, use_tqdm: bool = False) -> list[ScoreOutput]:
+    def score(
+        self, token_id_sequences: Sequence[Sequence[int]], *, use_tqdm: bool = False
+    ) -> list[ScoreOutput]:
         """log p(token i + 1 | tokens 0…i) of given tokens, bit-equal to what the sampler reported for them."""
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
         queued: list[EngineSequence] = []
@@ -177,7 +182,9 @@ class LLM:
             raise
         return [ScoreOutput(s.prompt, [entry[0] for entry in s.prompt_logprobs]) for s in queued]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
         """Yields the request's output after every token; `.outputs[0].text` grows to `generate`'s text."""
         text, ids = self._encode(prompt)
         params = sampling_params or SamplingParams()
@@ -272,5 +279,7 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> 
     if isinstance(params, SamplingParams):
         return [params] * count
     if len(params) != count:
-        raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts; give one, or one per prompt")
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {count} prompts; give one, or one per prompt"
+        )
     return params

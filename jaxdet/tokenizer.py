@@ -53,9 +53,12 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
-            raise ValueError(f"{path} is missing or damaged ({_first_line(error)}); fetch the model again") from None
+            raise ValueError(
+                f"{path} is missing or damaged ({_first_line(error)}); fetch the model again"
+            ) from None
         config, generation, model = (
-            read_json(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+            read_json(folder / name)
+            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         )
         template = config.get("chat_template")
         if isinstance(template, list):  # named templates
@@ -104,7 +107,9 @@ class Tokenizer:
             ValueError: the model has no chat template, or the template refuses the messages.
         """
         if not self.chat_template:
-            raise ValueError("messages need a chat template and this model has none; use generate with a prompt")
+            raise ValueError(
+                "messages need a chat template and this model has none; use generate with a prompt"
+            )
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )

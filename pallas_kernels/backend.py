@@ -1,6 +1,7 @@
 """Which backend serves this device, and what is known about the numerics of the `xla` one."""
 
 import functools
+import importlib.metadata
 import platform
 
 import jax
@@ -41,11 +42,9 @@ def isa() -> str:
 
 def platform_key() -> str:
     """What bits depend on besides the program: device kind (or the CPU's ISA) and jaxlib's version."""
-    import jaxlib
-
     device = jax.devices()[0]
     kind = isa() if device.platform == "cpu" else device.device_kind.replace(" ", "-")
-    return f"{device.platform}/{kind}/jaxlib-{jaxlib.__version__}"
+    return f"{device.platform}/{kind}/jaxlib-{importlib.metadata.version('jaxlib')}"
 
 
 def rows_are_free() -> bool:

@@ -19,7 +19,7 @@ def row_sum(x: Float[Array, "M N"]) -> Float[Array, "M 1"]:
     Element i belongs to lane i % L with L = 64 (1024 above 8192 elements). Each lane adds up in ascending i; then
     the upper half of the lanes is added to the lower half until one is left.
     """
-    rows, n = x.shape
+    n = x.shape[1]
     lanes = WIDE_REDUCE_LANES if n > WIDE_REDUCE_FROM else REDUCE_LANES
     groups = -(-n // lanes)
     x = jnp.pad(x, ((0, 0), (0, groups * lanes - n)))
@@ -47,4 +47,3 @@ def log_sum_exp(x: Float[Array, "M N"]) -> tuple[Float[Array, "M 1"], Float[Arra
     peak = pin(jnp.max(x, axis=1, keepdims=True))
     total = row_sum(pin(jnp.exp(pin(x - peak))))
     return peak, pin(jnp.log(total))
-

@@ -28,7 +28,9 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
     path = Path(src).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"model {path} is a {path.suffix or 'plain'} file; give a .gguf file or a model's folder")
+            raise ValueError(
+                f"model {path} is a {path.suffix or 'plain'} file; give a .gguf file or a model's folder"
+            )
         return GGUFCheckpoint(path)
     if path.is_dir():
         if (path / MANIFEST).exists():
@@ -38,4 +40,6 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
         raise ValueError(f"model folder {path} has no config.json; give a Hugging Face or Orbax folder")
     if str(src).count("/") == 1 and not str(src).startswith((".", "/", "~")):
         return HFCheckpoint(fetch_from_hub(str(src)), str(src))
-    raise FileNotFoundError(f"no model {str(src)!r}; give {demo.NAME}, a folder, a .gguf file or a Hugging Face id")
+    raise FileNotFoundError(
+        f"no model {str(src)!r}; give {demo.NAME}, a folder, a .gguf file or a Hugging Face id"
+    )

@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ class Checkpoint(abc.ABC):
     name: str
     config: dict[str, Any]
     """The model's config.json."""
-    tensors: Mapping[str, TensorInfo]
+    tensors: dict[str, TensorInfo]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor; nothing else is kept in memory.
@@ -34,7 +33,9 @@ class Checkpoint(abc.ABC):
             ValueError: the checkpoint has no such tensor.
         """
         if name not in self.tensors:
-            raise ValueError(f"{self.name} has no tensor {name!r}; the checkpoint is incomplete, fetch it again")
+            raise ValueError(
+                f"{self.name} has no tensor {name!r}; the checkpoint is incomplete, fetch it again"
+            )
         return self._read(name)
 
     @abc.abstractmethod

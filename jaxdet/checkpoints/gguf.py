@@ -1,5 +1,6 @@
 """GGUF files, dequantised with the `gguf` package and translated to Hugging Face names, layouts and config."""
 
+import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,15 @@ class GGUFCheckpoint(Checkpoint):
         try:
             self._reader = gguf.GGUFReader(path)
             self._fields = {k: f.contents() for k, f in self._reader.fields.items() if "tokenizer" not in k}
-        except (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error, UnicodeDecodeError):
+        except (
+            ValueError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            MemoryError,
+            struct.error,
+            UnicodeDecodeError,
+        ):
             raise ValueError(f"{path} is no GGUF file, damaged or cut short; fetch it again") from None
         self._architecture = str(self._fields.get("general.architecture"))
         if self._architecture not in ARCHITECTURES:
@@ -87,14 +96,23 @@ class GGUFCheckpoint(Checkpoint):
 
     def _read(self, name: str) -> np.ndarray:
         tensor = self._gguf[name]
-        value = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        value = gguf.dequantize(tensor.data, tensor.tensor_type)
+        # F32 comes back as a view of the file: copied, so that no array depends on the mapping.
+        value = np.array(value, np.float32, copy=np.shares_memory(value, tensor.data) or None)
         value = value.reshape(self.tensors[name].shape)
+        self._release_pages()
         if self._architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = self.config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             value = _unpermute(value, heads)
         if self._architecture == "gemma3" and "norm" in name:
             value = value - np.float32(1)  # GGUF stores 1 + w
         return value
+
+    def _release_pages(self) -> None:
+        """Pages already dequantised would otherwise stay resident beside the parameters."""
+        pages = getattr(self._reader.data, "_mmap", None)
+        if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED)
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self._fields.get(f"{self._architecture}.{key}", default)

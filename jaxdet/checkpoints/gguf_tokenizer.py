@@ -78,7 +78,9 @@ def _byte_level(tokens: list[str], merges: list[str], pre: str) -> tokenizers.To
     return backend
 
 
-def _sentencepiece(tokens: list[str], scores: list[float], types: list[int], prefix: bool) -> tokenizers.Tokenizer:
+def _sentencepiece(
+    tokens: list[str], scores: list[float], types: list[int], prefix: bool
+) -> tokenizers.Tokenizer:
     """SentencePiece BPE: the score orders the merges; unknown characters fall back to bytes."""
     ids = {t: i for i, t in enumerate(tokens)}
     merges = []

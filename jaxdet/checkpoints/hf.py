@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json, one or several *.safetensors, tokenizer.json."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -32,13 +33,17 @@ class HFCheckpoint(Checkpoint):
         index = read_json(folder / INDEX).get("weight_map")
         files = sorted(set(index.values())) if index else sorted(p.name for p in folder.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} holds no *.safetensors; jaxdet reads safetensors only, never pickled weights")
+            raise ValueError(
+                f"{folder} holds no *.safetensors; jaxdet reads safetensors only, never pickled weights"
+            )
         self._place: dict[str, tuple[Path, int]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
             self._read_header(folder / file)
         if missing := sorted(set(index or ()) - set(self.tensors)):
-            raise ValueError(f"{folder} lacks the tensor {missing[0]!r} that {INDEX} lists; fetch the model again")
+            raise ValueError(
+                f"{folder} lacks the tensor {missing[0]!r} that {INDEX} lists; fetch the model again"
+            )
 
     def _read_header(self, path: Path) -> None:
         damaged = f"{path} is damaged or incomplete; fetch it again"
@@ -53,23 +58,29 @@ class HFCheckpoint(Checkpoint):
             raise ValueError(f"{path} is missing; fetch the model again") from None
         except (struct.error, ValueError):
             raise ValueError(damaged) from None
+        if not isinstance(header, dict):
+            raise ValueError(damaged)
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
+            try:
+                kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+                extent = math.prod(shape)
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(damaged) from None
+            if kind not in DTYPES:
                 raise ValueError(
-                    f"{path.name}: {name} has dtype {entry['dtype']}, which is not supported; "
+                    f"{path.name}: {name} has dtype {kind}, which is not supported; "
                     f"supported: {', '.join(DTYPES)}"
                 )
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            start, end = entry["data_offsets"]
-            if end - start != dtype.itemsize * int(np.prod(shape)) or 8 + length + end > size:
+            dtype = DTYPES[kind]
+            if start < 0 or end - start != dtype.itemsize * extent or 8 + length + end > size:
                 raise ValueError(damaged)
             self.tensors[name] = TensorInfo(shape, dtype)
             self._place[name] = (path, 8 + length + start)
 
     def _read(self, name: str) -> np.ndarray:
         info, (path, offset) = self.tensors[name], self._place[name]
-        count = int(np.prod(info.shape))
+        count = math.prod(info.shape)
         return np.fromfile(path, info.dtype, count, offset=offset).reshape(info.shape)
 
     def tokenizer(self) -> Tokenizer:

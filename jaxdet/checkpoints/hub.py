@@ -27,8 +27,12 @@ def fetch_from_hub(model_id: str) -> Path:
     except GatedRepoError:
         raise FileNotFoundError(f"{name} is gated; accept its licence on its page and set HF_TOKEN") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-        raise FileNotFoundError(f"no model {model_id!r} on the hub; check the id, or set HF_TOKEN if it is private") from None
+        raise FileNotFoundError(
+            f"no model {model_id!r} on the hub; check the id, or set HF_TOKEN if it is private"
+        ) from None
     except LocalEntryNotFoundError:
-        raise OSError(f"{name} is not in the cache and the hub can't be reached; check the network or HF_ENDPOINT") from None
+        raise OSError(
+            f"{name} is not in the cache and the hub can't be reached; check the network or HF_ENDPOINT"
+        ) from None
     except OSError as error:
         raise OSError(f"fetching {name} failed ({str(error).splitlines()[0]}); run again to resume") from None

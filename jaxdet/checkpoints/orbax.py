@@ -46,7 +46,8 @@ class OrbaxCheckpoint(Checkpoint):
         """Restores the named tensors straight into their shardings, each device reading its own part."""
         return {
             name: self._restore(
-                name, jax.ShapeDtypeStruct(self.tensors[name].shape, self.tensors[name].dtype, sharding=sharding)
+                name,
+                jax.ShapeDtypeStruct(self.tensors[name].shape, self.tensors[name].dtype, sharding=sharding),
             )
             for name, sharding in shardings.items()
         }
@@ -56,7 +57,9 @@ class OrbaxCheckpoint(Checkpoint):
             return self._handler.restore(self.folder / ARRAYS / name, {"value": target})["value"]
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise ValueError(f"{self.folder}: tensor {name!r} is damaged ({reason}); convert the model again") from None
+            raise ValueError(
+                f"{self.folder}: tensor {name!r} is damaged ({reason}); convert the model again"
+            ) from None
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder)

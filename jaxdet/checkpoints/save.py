@@ -6,7 +6,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -60,7 +60,9 @@ def save_checkpoint(
         raise
 
 
-def _converted(checkpoint: Checkpoint, dtype: np.dtype | None, progress: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _converted(
+    checkpoint: Checkpoint, dtype: np.dtype | None, progress: bool
+) -> Iterator[tuple[str, np.ndarray]]:
     for name in tqdm(sorted(checkpoint.tensors), desc="Converting", unit="tensor", disable=not progress):
         value = checkpoint.read(name)
         yield name, value if dtype is None else value.astype(dtype)
@@ -68,7 +70,8 @@ def _converted(checkpoint: Checkpoint, dtype: np.dtype | None, progress: bool) -
 
 def _write_safetensors(path: Path, checkpoint: Checkpoint, tensors, dtype: np.dtype | None) -> None:
     """The format's own writer wants all tensors at once; its layout is a header and the bytes."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
         kind = dtype or info.dtype

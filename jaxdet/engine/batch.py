@@ -21,7 +21,9 @@ def round_up(value: int, smallest: int, largest: int) -> int:
     return max(min(size, largest), value)
 
 
-def model_batch(work: Work, *, max_prefill_seqs: int, max_num_seqs: int, max_tokens: int, table: int) -> Batch:
+def model_batch(
+    work: Work, *, max_prefill_seqs: int, max_num_seqs: int, max_tokens: int, table: int
+) -> Batch:
     """Arrays of one step.
 
     Buckets: decode steps have 1, 2, 4, … rows; prefill steps 32, 64, … tokens and 1 or `max_prefill_seqs` sequences.
@@ -65,9 +67,9 @@ def sampling_rows(work: Work, rows: int, vocab: int) -> SamplingRows:
     bias, seen = np.zeros((rows, width), np.float32), np.zeros((rows, width), bool)
     counts = np.zeros((rows, width), np.int32)
     for row, adjusted in enumerate(adjustments):
-        for column, (token, (token_bias, token_seen, token_count)) in enumerate(adjusted.items()):
-            ids[row, column], bias[row, column] = token, token_bias
-            seen[row, column], counts[row, column] = token_seen, token_count
+        for at, (token, (token_bias, token_seen, token_count)) in enumerate(adjusted.items()):
+            ids[row, at], bias[row, at] = token, token_bias
+            seen[row, at], counts[row, at] = token_seen, token_count
 
     def column(of, fill, dtype):
         values = [of(sequence) for sequence, _ in work]
@@ -104,6 +106,10 @@ def _adjustments(sequence: Sequence) -> dict[int, tuple[float, bool, int]]:
         touched |= set(sequence.counts)
     prompt = set(sequence.prompt) if p.repetition_penalty != 1 else set()
     return {
-        token: (bias.get(token, 0.0), token in prompt or token in sequence.counts, sequence.counts.get(token, 0))
+        token: (
+            bias.get(token, 0.0),
+            token in prompt or token in sequence.counts,
+            sequence.counts.get(token, 0),
+        )
         for token in sorted(touched)
     }

@@ -28,7 +28,7 @@ class Engine:
         max_model_len: tokens a sequence may have, prompt and output together.
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens of one prefill step.
-        num_pages: pages of the KV cache; None gives every running sequence room for `max_model_len`, up to 1 GiB in all.
+        num_pages: pages of the KV cache; None gives every running sequence room for `max_model_len`, up to 1 GiB.
         seed: the seed of requests that bring none.
         keep_logits: keep every sampled token's logits on its sequence (for verification).
     """
@@ -93,7 +93,9 @@ class Engine:
             ("stop_token_ids", params.stop_token_ids),
         ):
             if (bad := next((t for t in ids if not 0 <= t < vocab), None)) is not None:
-                raise ValueError(f"{name} holds {bad}, outside the vocabulary [0, {vocab}); check the tokenizer")
+                raise ValueError(
+                    f"{name} holds {bad}, outside the vocabulary [0, {vocab}); check the tokenizer"
+                )
         request_id = request_id or str(next(self._ids))
         room = self.max_model_len - len(prompt)
         sequences = [
@@ -147,7 +149,7 @@ class Engine:
             top_logprobs=MAX_LOGPROBS if wanted else None,
             keep_logits=self.keep_logits,
         )
-        return self._collect(work, batch.query_start, jax.device_get(out))
+        return self._collect(work, np.asarray(batch.query_start), jax.device_get(out))
 
     def _collect(self, work: Work, starts: np.ndarray, out: StepOutput) -> list[Sequence]:
         changed = []
@@ -170,7 +172,7 @@ class Engine:
                 if sequence.params.logprobs is not None and out.logprobs is not None:
                     sequence.logprobs.append(_entry(out.logprobs, row, sequence.params.logprobs))
                 if out.logits is not None:
-                    sequence.logits.append(out.logits[row])
+                    sequence.logits.append(np.asarray(out.logits[row]))
                 sequence.append(int(out.tokens[row]))
             if sequence.finish_reason is not None:
                 self.scheduler.finish(sequence)
@@ -186,7 +188,7 @@ class Engine:
 
 def _targets(work: Work, size: int) -> np.ndarray:
     """The token after each of a step's tokens."""
-    following = np.concatenate([(s.tokens + [0])[s.computed + 1 : s.computed + n + 1] for s, n in work])
+    following = np.concatenate([[*s.tokens, 0][s.computed + 1 : s.computed + n + 1] for s, n in work])
     return np.pad(following, (0, size - len(following))).astype(np.int32)
 
 
@@ -194,6 +196,6 @@ def _entry(logprobs: Logprobs, row: int, top: int) -> tuple[float, int, np.ndarr
     return (
         float(logprobs.logprob[row]),
         int(logprobs.rank[row]),
-        logprobs.top[row, :top],
-        logprobs.top_ids[row, :top],
+        np.asarray(logprobs.top[row, :top]),
+        np.asarray(logprobs.top_ids[row, :top]),
     )

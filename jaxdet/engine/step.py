@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from jaxdet.models.layers import Batch, DecoderLM, KVCache
+from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.sample.op import SamplingRows, sample, token_logprobs
 
 SCORE_ROWS = 64
@@ -18,20 +19,20 @@ SCORE_ROWS = 64
 class Logprobs(NamedTuple):
     """What `token_logprobs` returns: of a token, its rank, and of the most likely ones."""
 
-    logprob: jax.Array
-    rank: jax.Array
-    top: jax.Array
-    top_ids: jax.Array
+    logprob: HostOrDevice
+    rank: HostOrDevice
+    top: HostOrDevice
+    top_ids: HostOrDevice
 
 
 class StepOutput(NamedTuple):
     """Per sequence the sampled token and whether its logits were usable; the rest when asked for."""
 
-    tokens: jax.Array
-    usable: jax.Array
+    tokens: HostOrDevice
+    usable: HostOrDevice
     logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None
-    logits: jax.Array | None
+    logits: HostOrDevice | None
 
 
 class Step:

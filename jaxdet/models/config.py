@@ -83,7 +83,7 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The rope settings in one dictionary, from transformers 5 (`rope_parameters`) or older (`rope_theta` + `rope_scaling`)."""
+    """The rope settings in one dictionary, from transformers 5 (`rope_parameters`) or before (`rope_scaling`)."""
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     scaling["rope_type"] = scaling.get("rope_type") or scaling.pop("type", None) or "default"
     scaling.setdefault("rope_theta", config.get("rope_theta") or 10000.0)

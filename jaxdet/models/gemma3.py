@@ -40,13 +40,21 @@ class Gemma3(DecoderLM):
     @staticmethod
     def read_config(config: dict[str, Any]) -> ModelConfig:
         config = config.get("text_config") or config
-        config = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, **config}
+        config = {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            "head_dim": 256,
+            **config,
+        }
         shared = read_config(config, "gemma3")
         every = int(config.get("sliding_window_pattern") or GLOBAL_EVERY)
         local = [
             kind == "sliding_attention"
             for kind in config.get("layer_types")
-            or ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(shared.num_layers)]
+            or [
+                "full_attention" if (i + 1) % every == 0 else "sliding_attention"
+                for i in range(shared.num_layers)
+            ]
         ]
         window = int(config.get("sliding_window") or 4096)
         return dataclasses.replace(
@@ -59,11 +67,9 @@ class Gemma3(DecoderLM):
             rope_of_layer=tuple(int(is_local) for is_local in local),
         )
 
-    def __init__(self, weights: Weights, config: ModelConfig, max_model_len: int):
-        layers = [
-            Gemma3Layer(weights / "model" / "layers" / str(i), config, i) for i in range(config.num_layers)
-        ]
-        super().__init__(weights, config, layers, max_model_len)
+    @staticmethod
+    def make_layer(weights: Weights, config: ModelConfig, index: int) -> Gemma3Layer:
+        return Gemma3Layer(weights, config, index)
 
     def embed(self, tokens):
         # The scale itself is rounded to the dtype first, as in the reference implementation.
@@ -76,7 +82,10 @@ def _ropes(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(global, local) rope settings, in transformers 5's nested form or the older two-theta form."""
     nested = config.get("rope_parameters") or {}
     if "full_attention" in nested:
-        both = [rope_settings({**config, "rope_parameters": nested[k]}) for k in ("full_attention", "sliding_attention")]
+        both = [
+            rope_settings({**config, "rope_parameters": nested[k]})
+            for k in ("full_attention", "sliding_attention")
+        ]
         return both[0], both[1]
     theta = config.get("rope_theta") or 1_000_000.0
     local = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0, "rope_type": "default"}

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdet.models.config import ModelConfig, inverse_frequencies
 from jaxdet.models.weights import Weights
+from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.attention.op import attention
 from pallas_kernels.matmul.op import gated_matmul, matmul, take_columns
 from pallas_kernels.reduce import pin
@@ -32,13 +33,13 @@ KVCache = list[tuple[jax.Array, jax.Array]]
 class Batch:
     """The tokens of one step: sequences one after the other, then padding."""
 
-    tokens: Int[Array, "T"]
-    positions: Int[Array, "T"]
-    slots: Int[Array, "T"]
+    tokens: Int[HostOrDevice, "T"]
+    positions: Int[HostOrDevice, "T"]
+    slots: Int[HostOrDevice, "T"]
     """Where each token's key and value go: page · PAGE_SIZE + offset; padding goes to the trash page."""
-    block_tables: Int[Array, "S pages"]
-    query_start: Int[Array, "S+1"]
-    seq_lens: Int[Array, "S"]
+    block_tables: Int[HostOrDevice, "S pages"]
+    query_start: Int[HostOrDevice, "S+1"]
+    seq_lens: Int[HostOrDevice, "S"]
     max_query_len: int
     """1 for decode; the bucket's length for prefill."""
 
@@ -62,9 +63,7 @@ class Attention(nnx.Module):
     ):
         names = ("q_proj", "k_proj", "v_proj")
         self.qkv = nnx.Param(weights.matrix(*(f"{n}.weight" for n in names)))
-        self.qkv_bias = (
-            nnx.Param(weights.vector(*(f"{n}.bias" for n in names))) if config.qkv_bias else None
-        )
+        self.qkv_bias = nnx.Param(weights.vector(*(f"{n}.bias" for n in names))) if config.qkv_bias else None
         self.output = nnx.Param(weights.matrix("o_proj.weight"))
         self.output_bias = nnx.Param(weights.vector("o_proj.bias")) if config.output_bias else None
         self.q_norm = nnx.Param((weights / "q_norm").vector("weight", offset=offset)) if qk_norm else None
@@ -75,9 +74,10 @@ class Attention(nnx.Module):
         c = self.config
         width = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
         qkv = matmul(x, self.qkv[...], n=width, bias=_value(self.qkv_bias), backend=self.backend)
-        q, *cache = rope_cache(
+        q, k_pages, v_pages = rope_cache(
             qkv,
-            *cache,
+            cache[0],
+            cache[1],
             rope,
             batch.positions,
             batch.slots,
@@ -90,7 +90,8 @@ class Attention(nnx.Module):
         )
         out = attention(
             q,
-            *cache,
+            k_pages,
+            v_pages,
             batch.block_tables,
             batch.query_start,
             batch.seq_lens,
@@ -108,7 +109,7 @@ class Attention(nnx.Module):
             residual=residual,
             backend=self.backend,
         )
-        return y, tuple(cache)
+        return y, (k_pages, v_pages)
 
 
 class MLP(nnx.Module):
@@ -144,12 +145,22 @@ class DecoderLayer(nnx.Module):
 class DecoderLM(nnx.Module):
     """Embedding, decoder layers, final norm and LM head: the frame of every family.
 
-    A family sets `config`, `layers` and, where it differs, `norm_offset` and `embedding_scale`.
+    A family says how to read its config and, where they differ, what its layers and its norms' offset are.
     """
 
     norm_offset = 0.0
 
-    def __init__(self, weights: Weights, config: ModelConfig, layers: list[nnx.Module], max_model_len: int):
+    @staticmethod
+    def read_config(config: dict[str, Any]) -> ModelConfig:
+        """The model's shape, from its config.json."""
+        raise NotImplementedError
+
+    @staticmethod
+    def make_layer(weights: Weights, config: ModelConfig, index: int) -> nnx.Module:
+        """Layer `index`, from the tensors under its own prefix."""
+        return DecoderLayer(weights, config, index)
+
+    def __init__(self, weights: Weights, config: ModelConfig, max_model_len: int):
         self.config, self.backend, self.dtype = config, weights.backend, weights.dtype
         if config.tied_embeddings:
             self.embedding = None
@@ -157,14 +168,15 @@ class DecoderLM(nnx.Module):
         else:
             self.embedding = nnx.Param(weights.matrix("model.embed_tokens.weight"))
             self.head = nnx.Param(weights.matrix("lm_head.weight"))
-        self.layers = nnx.List(layers)
+        layers = weights / "model" / "layers"
+        self.layers = nnx.List(self.make_layer(layers / str(i), config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(weights / "model" / "norm", config, self.norm_offset)
         self.rope = nnx.List(
             nnx.Variable(jnp.asarray(rope_table(inverse_frequencies(r, config.head_dim), max_model_len)))
             for r in config.rope
         )
 
-    def embed(self, tokens: Int[Array, "T"]) -> Float[Array, "T H"]:
+    def embed(self, tokens: Int[HostOrDevice, "T"]) -> Float[Array, "T H"]:
         """Rows of the embedding, which a tied model looks up in its LM head."""
         table = self.head if self.embedding is None else self.embedding
         return take_columns(table[...], tokens, self.config.hidden_size, self.backend)

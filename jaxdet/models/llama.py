@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxdet.models.config import ModelConfig, read_config
-from jaxdet.models.layers import DecoderLayer, DecoderLM
-from jaxdet.models.weights import Weights
+from jaxdet.models.layers import DecoderLM
 
 
 class Llama(DecoderLM):
@@ -16,9 +15,3 @@ class Llama(DecoderLM):
         shared = read_config(config, "llama")
         bias = bool(config.get("attention_bias", False))
         return dataclasses.replace(shared, qkv_bias=bias, output_bias=bias)
-
-    def __init__(self, weights: Weights, config: ModelConfig, max_model_len: int):
-        layers = [
-            DecoderLayer(weights / "model" / "layers" / str(i), config, i) for i in range(config.num_layers)
-        ]
-        super().__init__(weights, config, layers, max_model_len)

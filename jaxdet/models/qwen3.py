@@ -20,9 +20,6 @@ class Qwen3(DecoderLM):
             shared, qkv_bias=bias, output_bias=bias, windows=upper_windows(config, shared.num_layers)
         )
 
-    def __init__(self, weights: Weights, config: ModelConfig, max_model_len: int):
-        layers = [
-            DecoderLayer(weights / "model" / "layers" / str(i), config, i, qk_norm=True)
-            for i in range(config.num_layers)
-        ]
-        super().__init__(weights, config, layers, max_model_len)
+    @staticmethod
+    def make_layer(weights: Weights, config: ModelConfig, index: int) -> DecoderLayer:
+        return DecoderLayer(weights, config, index, qk_norm=True)

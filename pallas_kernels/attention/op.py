@@ -3,15 +3,16 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import registry
+from pallas_kernels.arrays import HostOrDevice
 
 
 def attention(
     q: Float[Array, "T Hq D"],
     k_pages: Float[Array, "P Hkv page D"],
     v_pages: Float[Array, "P Hkv page D"],
-    block_tables: Int[Array, "S pages"],
-    query_start: Int[Array, "S+1"],
-    seq_lens: Int[Array, "S"],
+    block_tables: Int[HostOrDevice, "S pages"],
+    query_start: Int[HostOrDevice, "S+1"],
+    seq_lens: Int[HostOrDevice, "S"],
     *,
     scale: float,
     window: int | None = None,

@@ -40,14 +40,21 @@ def attention(
     picked = picked.reshape(-1, kv_heads, tile * group, dim)
     row_positions = jnp.repeat(positions, group, axis=1)
 
-    def attend(operands):
-        return _attend(*operands, k_pages, v_pages, scale=scale, window=window, soft_cap=soft_cap)
+    def attend(tile_queries, tables, row_positions):
+        return _attend(
+            tile_queries,
+            tables,
+            row_positions,
+            k_pages,
+            v_pages,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+        )
 
     operands = (picked, block_tables[seq], row_positions)
-    if free:
-        out = attend(operands)
-    else:
-        out = lax.map(lambda one: attend(tuple(a[None] for a in one))[0], operands)
+    one_by_one = lambda operands: lax.map(lambda one: attend(*(a[None] for a in one))[0], operands)  # noqa: E731
+    out = attend(*operands) if free else one_by_one(operands)
     out = out.reshape(-1, kv_heads, tile, group, dim).transpose(0, 2, 1, 3, 4).reshape(-1, heads, dim)
     if max_query_len == 1 and tile == 1:
         return out.astype(q.dtype)

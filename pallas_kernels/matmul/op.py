@@ -5,29 +5,32 @@ from typing import Literal
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import registry
+from pallas_kernels.arrays import HostOrDevice
 
 Activation = Literal["silu", "gelu_tanh"]
 
 
-def pack(w: Num[Array, "K N"], backend: str | None = None) -> Num[Array, "..."]:
+def pack(w: Num[HostOrDevice, "K N"], backend: str | None = None) -> Num[HostOrDevice, "..."]:
     """Lays a weight matrix out the way `matmul` reads it. Done once, at load; NumPy in, NumPy out."""
     return registry.load("matmul", backend).pack(w)
 
 
 def pack_gated(
-    gate: Num[Array, "K F"], up: Num[Array, "K F"], backend: str | None = None
-) -> Num[Array, "..."]:
+    gate: Num[HostOrDevice, "K F"], up: Num[HostOrDevice, "K F"], backend: str | None = None
+) -> Num[HostOrDevice, "..."]:
     """Lays the two halves of a gated MLP out the way `gated_matmul` reads them."""
     return registry.load("matmul", backend).pack_gated(gate, up)
 
 
-def unpack(packed: Num[Array, "..."], k: int, n: int, backend: str | None = None) -> Num[Array, "K N"]:
+def unpack(
+    packed: Num[HostOrDevice, "..."], k: int, n: int, backend: str | None = None
+) -> Num[HostOrDevice, "K N"]:
     """The inverse of `pack`, bit for bit."""
     return registry.load("matmul", backend).unpack(packed, k, n)
 
 
 def take_columns(
-    packed: Num[Array, "..."], ids: Int[Array, "T"], k: int, backend: str | None = None
+    packed: Num[Array, "..."], ids: Int[HostOrDevice, "T"], k: int, backend: str | None = None
 ) -> Num[Array, "T K"]:
     """Columns `ids` of the packed [K, N] matrix, as rows: an embedding lookup that shares the LM head's weights."""
     return registry.load("matmul", backend).take_columns(packed, ids, k)

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import registry
+from pallas_kernels.arrays import HostOrDevice
 
 
 def rope_table(inverse_frequencies: np.ndarray, length: int, scale: float = 1.0) -> np.ndarray:
@@ -25,8 +26,8 @@ def rope_cache(
     k_pages: Float[Array, "P Hkv page D"],
     v_pages: Float[Array, "P Hkv page D"],
     rope: Float[Array, "L D"],
-    positions: Int[Array, "T"],
-    slots: Int[Array, "T"],
+    positions: Int[HostOrDevice, "T"],
+    slots: Int[HostOrDevice, "T"],
     *,
     num_q_heads: int,
     num_kv_heads: int,

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels import registry
+from pallas_kernels.arrays import HostOrDevice
 
 
 @functools.partial(
@@ -33,27 +34,27 @@ from pallas_kernels import registry
 class SamplingRows:
     """The sampling parameters of each row. Rows never influence one another."""
 
-    temperature: Float[Array, "S"]
+    temperature: Float[HostOrDevice, "S"]
     """0 means greedy."""
-    top_k: Int[Array, "S"]
+    top_k: Int[HostOrDevice, "S"]
     """0 means off."""
-    top_p: Float[Array, "S"]
-    min_p: Float[Array, "S"]
-    seed: UInt32[Array, "S 2"]
-    sample_index: Int[Array, "S"]
+    top_p: Float[HostOrDevice, "S"]
+    min_p: Float[HostOrDevice, "S"]
+    seed: UInt32[HostOrDevice, "S 2"]
+    sample_index: Int[HostOrDevice, "S"]
     """Which of a request's `n` samples this is."""
-    position: Int[Array, "S"]
+    position: Int[HostOrDevice, "S"]
     """Absolute position of the token being chosen."""
-    repetition_penalty: Float[Array, "S"]
-    presence_penalty: Float[Array, "S"]
-    frequency_penalty: Float[Array, "S"]
-    adjusted_ids: Int[Array, "S A"]
+    repetition_penalty: Float[HostOrDevice, "S"]
+    presence_penalty: Float[HostOrDevice, "S"]
+    frequency_penalty: Float[HostOrDevice, "S"]
+    adjusted_ids: Int[HostOrDevice, "S A"]
     """Distinct token ids whose logits change before sampling; padding is the vocabulary size."""
-    adjusted_bias: Float[Array, "S A"]
+    adjusted_bias: Float[HostOrDevice, "S A"]
     """Added to those logits first (−inf bans)."""
-    seen: Bool[Array, "S A"]
+    seen: Bool[HostOrDevice, "S A"]
     """Whether the id occurs in prompt or output (repetition penalty)."""
-    output_counts: Int[Array, "S A"]
+    output_counts: Int[HostOrDevice, "S A"]
     """How often it occurs in the output (presence and frequency penalties)."""
 
 
