@@ -5,6 +5,7 @@ Axis letters: T tokens of a step, S sequences, H hidden, D head_dim, Hq/Hkv head
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,13 @@ KVCache = list[tuple[jax.Array, jax.Array]]
 class Batch:
     """The tokens of one step: sequences one after the other, then padding."""
 
-    tokens: Int[HostOrDevice, "T"]
-    positions: Int[HostOrDevice, "T"]
-    slots: Int[HostOrDevice, "T"]
+    tokens: Int[HostOrDevice, " T"]
+    positions: Int[HostOrDevice, " T"]
+    slots: Int[HostOrDevice, " T"]
     """Where each token's key and value go: page · PAGE_SIZE + offset; padding goes to the trash page."""
     block_tables: Int[HostOrDevice, "S pages"]
-    query_start: Int[HostOrDevice, "S+1"]
-    seq_lens: Int[HostOrDevice, "S"]
+    query_start: Int[HostOrDevice, " S+1"]
+    seq_lens: Int[HostOrDevice, " S"]
     max_query_len: int
     """1 for decode; the bucket's length for prefill."""
 
@@ -176,7 +177,7 @@ class DecoderLM(nnx.Module):
             for r in config.rope
         )
 
-    def embed(self, tokens: Int[HostOrDevice, "T"]) -> Float[Array, "T H"]:
+    def embed(self, tokens: Int[HostOrDevice, " T"]) -> Float[Array, "T H"]:
         """Rows of the embedding, which a tied model looks up in its LM head."""
         table = self.head if self.embedding is None else self.embedding
         return take_columns(table[...], tokens, self.config.hidden_size, self.backend)

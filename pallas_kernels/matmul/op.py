@@ -30,7 +30,7 @@ def unpack(
 
 
 def take_columns(
-    packed: Num[Array, "..."], ids: Int[HostOrDevice, "T"], k: int, backend: str | None = None
+    packed: Num[Array, "..."], ids: Int[HostOrDevice, " T"], k: int, backend: str | None = None
 ) -> Num[Array, "T K"]:
     """Columns `ids` of the packed [K, N] matrix, as rows: an embedding lookup that shares the LM head's weights."""
     return registry.load("matmul", backend).take_columns(packed, ids, k)
@@ -41,7 +41,7 @@ def matmul(
     packed: Float[Array, "..."],
     *,
     n: int,
-    bias: Float[Array, "N"] | None = None,
+    bias: Float[Array, " N"] | None = None,
     residual: Float[Array, "M N"] | None = None,
     out_dtype=None,
     backend: str | None = None,

@@ -6,7 +6,7 @@ from pallas_kernels import registry
 
 
 def rms_norm(
-    x: Float[Array, "M H"], weight: Float[Array, "H"], *, eps: float, backend: str | None = None
+    x: Float[Array, "M H"], weight: Float[Array, " H"], *, eps: float, backend: str | None = None
 ) -> Float[Array, "M H"]:
     """y = x · 1/√((Σx² + H·eps) / H) · weight, in float32, rounded once to x's dtype.
 

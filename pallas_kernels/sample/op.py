@@ -34,20 +34,20 @@ from pallas_kernels.arrays import HostOrDevice
 class SamplingRows:
     """The sampling parameters of each row. Rows never influence one another."""
 
-    temperature: Float[HostOrDevice, "S"]
+    temperature: Float[HostOrDevice, " S"]
     """0 means greedy."""
-    top_k: Int[HostOrDevice, "S"]
+    top_k: Int[HostOrDevice, " S"]
     """0 means off."""
-    top_p: Float[HostOrDevice, "S"]
-    min_p: Float[HostOrDevice, "S"]
+    top_p: Float[HostOrDevice, " S"]
+    min_p: Float[HostOrDevice, " S"]
     seed: UInt32[HostOrDevice, "S 2"]
-    sample_index: Int[HostOrDevice, "S"]
+    sample_index: Int[HostOrDevice, " S"]
     """Which of a request's `n` samples this is."""
-    position: Int[HostOrDevice, "S"]
+    position: Int[HostOrDevice, " S"]
     """Absolute position of the token being chosen."""
-    repetition_penalty: Float[HostOrDevice, "S"]
-    presence_penalty: Float[HostOrDevice, "S"]
-    frequency_penalty: Float[HostOrDevice, "S"]
+    repetition_penalty: Float[HostOrDevice, " S"]
+    presence_penalty: Float[HostOrDevice, " S"]
+    frequency_penalty: Float[HostOrDevice, " S"]
     adjusted_ids: Int[HostOrDevice, "S A"]
     """Distinct token ids whose logits change before sampling; padding is the vocabulary size."""
     adjusted_bias: Float[HostOrDevice, "S A"]
@@ -60,7 +60,7 @@ class SamplingRows:
 
 def sample(
     logits: Float[Array, "S V"], rows: SamplingRows, *, backend: str | None = None
-) -> tuple[Int[Array, "S"], Bool[Array, "S"]]:
+) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
     """One token per row, and whether the row's logits were usable (no NaN, a finite maximum).
 
     Order: bias → repetition → frequency → presence penalties → temperature → min-p → top-k → top-p → the largest of
@@ -75,8 +75,8 @@ def sample(
 
 
 def token_logprobs(
-    logits: Float[Array, "M V"], ids: Int[Array, "M"], *, top: int, backend: str | None = None
-) -> tuple[Float[Array, "M"], Int[Array, "M"], Float[Array, "M top"], Int[Array, "M top"]]:
+    logits: Float[Array, "M V"], ids: Int[Array, " M"], *, top: int, backend: str | None = None
+) -> tuple[Float[Array, " M"], Int[Array, " M"], Float[Array, "M top"], Int[Array, "M top"]]:
     """log-softmax of the raw logits at `ids`: the one definition of a logprob, for sampler, score and trainer.
 
     Args:
