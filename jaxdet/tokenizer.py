@@ -157,11 +157,14 @@ class DecodeStream:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, {} if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON ({error}); fetch the model again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch the model again")
+    return value
 
 
 def _content(token: str | Mapping[str, Any] | None) -> str | None:

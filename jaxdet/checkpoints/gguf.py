@@ -1,19 +1,18 @@
 """GGUF files, dequantised with the `gguf` package and translated to Hugging Face names, layouts and config."""
 
-import mmap
-import struct
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from jaxdet.checkpoints.base import Checkpoint, TensorInfo
+from jaxdet.checkpoints.gguf_reader import GGUFFile
 from jaxdet.checkpoints.gguf_tokenizer import read_tokenizer
 from jaxdet.tokenizer import Tokenizer
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 QUANTISATIONS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+ROPE_FACTORS = "rope_freqs.weight"
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -45,95 +44,76 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, name: str | None = None):
         self.path, self.name = path, name or path.stem
-        try:
-            self._reader = gguf.GGUFReader(path)
-            self._fields = {k: f.contents() for k, f in self._reader.fields.items() if "tokenizer" not in k}
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-            OverflowError,
-            MemoryError,
-            struct.error,
-            UnicodeDecodeError,
-        ):
-            raise ValueError(f"{path} is no GGUF file, damaged or cut short; fetch it again") from None
-        self._architecture = str(self._fields.get("general.architecture"))
+        self._file = GGUFFile(path)
+        self._architecture = str(self._file.fields.get("general.architecture"))
         if self._architecture not in ARCHITECTURES:
             raise ValueError(
                 f"architecture {self._architecture!r} in {path.name} is not supported; "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
-        self._gguf: dict[str, Any] = {}
+        self._gguf_name: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        size = path.stat().st_size
-        for tensor in self._reader.tensors:
+        for tensor in self._file.tensors.values():
             if tensor.tensor_type.name not in QUANTISATIONS:
                 raise ValueError(
                     f"{tensor.name} in {path.name} is quantised as {tensor.tensor_type.name}, which is not "
                     f"supported; supported: {', '.join(QUANTISATIONS)}"
                 )
-            if tensor.data_offset + tensor.n_bytes > size:
-                raise ValueError(f"{path} is cut short at {tensor.name}; fetch it again")
             if (hf := self._translate(tensor.name)) is not None:
-                self._gguf[hf] = tensor
+                self._gguf_name[hf] = tensor.name
                 shape = tuple(int(n) for n in reversed(tensor.shape))
                 self.tensors[hf] = TensorInfo(shape, np.dtype(np.float32))
         self.config = self._read_config()
 
     def tokenizer(self) -> Tokenizer:
-        return read_tokenizer(self._reader, self.path.name)
+        return read_tokenizer(self._file.fields, self.path.name)
 
     def _translate(self, name: str) -> str | None:
         stem, _, kind = name.rpartition(".")
         if stem in TOP:
             return f"{TOP[stem]}.{kind}"
-        if not stem.startswith("blk."):
-            return None  # rope_freqs: read by the config
-        _, layer, part = stem.split(".", 2)
         block = GEMMA_BLOCK if self._architecture == "gemma3" else BLOCK
-        return f"model.layers.{layer}.{block[part]}.{kind}" if part in block else None
+        match stem.split("."):
+            case ["blk", layer, part] if part in block:
+                return f"model.layers.{layer}.{block[part]}.{kind}"
+        return None  # rope_freqs: read by the config
 
     def _read(self, name: str) -> np.ndarray:
-        tensor = self._gguf[name]
-        value = gguf.dequantize(tensor.data, tensor.tensor_type)
-        # F32 comes back as a view of the file: copied, so that no array depends on the mapping.
-        value = np.array(value, np.float32, copy=np.shares_memory(value, tensor.data) or None)
-        value = value.reshape(self.tensors[name].shape)
-        self._release_pages()
+        value = self._file.dequantise(self._gguf_name[name])
         if self._architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = self.config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             value = _unpermute(value, heads)
         if self._architecture == "gemma3" and "norm" in name:
-            value = value - np.float32(1)  # GGUF stores 1 + w
+            value -= np.float32(1)  # GGUF stores 1 + w
         return value
 
-    def _release_pages(self) -> None:
-        """Pages already dequantised would otherwise stay resident beside the parameters."""
-        pages = getattr(self._reader.data, "_mmap", None)
-        if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
-            pages.madvise(mmap.MADV_DONTNEED)
+    def _count(self, key: str, default: int | None = None) -> int:
+        """A positive integer of the metadata."""
+        value = self._get(key, default)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{self._architecture}.{key} in {self.path} is {value!r}; fetch the file again")
+        return value
 
     def _get(self, key: str, default: Any = None) -> Any:
-        return self._fields.get(f"{self._architecture}.{key}", default)
+        return self._file.fields.get(f"{self._architecture}.{key}", default)
 
     def _read_config(self) -> dict[str, Any]:
-        heads, hidden = self._get("attention.head_count"), self._get("embedding_length")
-        if not heads or not hidden or "model.embed_tokens.weight" not in self.tensors:
-            raise ValueError(f"{self.path} lacks the model's shape or token_embd.weight; fetch it again")
-        head_dim = self._get("attention.key_length", hidden // heads)
-        ids = {k: self._field(f"tokenizer.ggml.{k}") for k in ("bos_token_id", "eos_token_id")}
+        if "model.embed_tokens.weight" not in self.tensors:
+            raise ValueError(f"{self.path} lacks the tensor token_embd.weight; fetch it again")
+        heads, hidden = self._count("attention.head_count"), self._count("embedding_length")
+        head_dim = self._count("attention.key_length", hidden // heads)
+        ids = {k: self._file.fields.get(f"tokenizer.ggml.{k}") for k in ("bos_token_id", "eos_token_id")}
         config = {
             "model_type": ARCHITECTURES[self._architecture],
             "hidden_size": hidden,
-            "num_hidden_layers": self._get("block_count"),
+            "num_hidden_layers": self._count("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._get("attention.head_count_kv", heads),
+            "num_key_value_heads": self._count("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "intermediate_size": self._get("feed_forward_length"),
+            "intermediate_size": self._count("feed_forward_length"),
             "rms_norm_eps": self._get("attention.layer_norm_rms_epsilon", 1e-6),
             "vocab_size": self.tensors["model.embed_tokens.weight"].shape[0],
-            "max_position_embeddings": self._get("context_length", 2048),
+            "max_position_embeddings": self._count("context_length", 2048),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
             "rope_theta": self._get("rope.freq_base", 10000.0),
@@ -141,21 +121,21 @@ class GGUFCheckpoint(Checkpoint):
             **{k: v for k, v in ids.items() if v is not None},
         }
         config |= self._rope_scaling(head_dim)
-        if (window := self._get("attention.sliding_window")) is not None:
-            config["sliding_window"] = window
+        if self._get("attention.sliding_window") is not None:
+            config["sliding_window"] = self._count("attention.sliding_window")
+            if self._architecture == "llama":  # Mistral, whose GGUF files say llama
+                config["model_type"] = "mistral"
         if self._architecture == "gemma3":
             config["query_pre_attn_scalar"] = head_dim if hidden != 5376 else hidden // heads
         return config
 
-    def _field(self, key: str) -> Any:
-        field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
-
     def _rope_scaling(self, head_dim: int) -> dict[str, Any]:
         """Linear scaling from the metadata; Llama 3's from the factors that converters store as a tensor."""
-        factors = next((t for t in self._reader.tensors if t.name == "rope_freqs.weight"), None)
-        if factors is not None:
-            return {"rope_scaling": {"rope_type": "factors", "factors": np.asarray(factors.data).tolist()}}
+        if ROPE_FACTORS in self._file.tensors:
+            factors = self._file.dequantise(ROPE_FACTORS)
+            if factors.shape != (head_dim // 2,) or not (np.isfinite(factors) & (factors > 0)).all():
+                raise ValueError(f"{ROPE_FACTORS} in {self.path} is damaged; fetch the file again")
+            return {"rope_scaling": {"rope_type": "factors", "factors": factors.tolist()}}
         kind = self._get("rope.scaling.type", "none")
         if kind == "none":
             return {}

@@ -1,8 +1,8 @@
 """Builds a tokenizer from a GGUF file's vocabulary, without torch."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import gguf
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
@@ -21,30 +21,33 @@ PATTERNS = {
 BYTE_LEVEL = ("gpt-2", "default", "smollm", *PATTERNS)
 
 
-def read_tokenizer(reader: gguf.GGUFReader, name: str) -> Tokenizer:
+def read_tokenizer(fields: Mapping[str, Any], name: str) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata.
 
     Raises:
-        ValueError: there is none, or its kind is not supported (named).
+        ValueError: there is none, it is damaged, or its kind is not supported (named).
     """
-
-    def get(key: str, default: Any = None) -> Any:
-        field = reader.fields.get(f"tokenizer.{key}")
-        return default if field is None else field.contents()
-
+    get = {k.removeprefix("tokenizer."): v for k, v in fields.items() if k.startswith("tokenizer.")}.get
     kind, pre, tokens = get("ggml.model"), get("ggml.pre", "default"), get("ggml.tokens")
     if tokens is None:
         raise ValueError(f"{name} holds no tokenizer; use a GGUF file with tokenizer.ggml.tokens")
-    types = get("ggml.token_type", [NORMAL] * len(tokens))
-    if kind == "gpt2" and pre in BYTE_LEVEL:
-        backend = _byte_level(tokens, get("ggml.merges", []), pre)
-    elif kind == "llama":
-        backend = _sentencepiece(tokens, get("ggml.scores", []), types, get("ggml.add_space_prefix", True))
-    else:
+    if kind != "llama" and not (kind == "gpt2" and pre in BYTE_LEVEL):
         raise ValueError(
             f"tokenizer {kind!r} with pre-tokenizer {pre!r} in {name} is not supported; supported: llama, "
             f"gpt2 with {', '.join(BYTE_LEVEL)}"
         )
+    try:
+        return _build(get, kind, pre, tokens)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"the tokenizer in {name} is damaged ({error}); fetch the file again") from None
+
+
+def _build(get: Callable[..., Any], kind: str, pre: str, tokens: list[str]) -> Tokenizer:
+    types = get("ggml.token_type", [NORMAL] * len(tokens))
+    if kind == "gpt2":
+        backend = _byte_level(tokens, get("ggml.merges", []), pre)
+    else:
+        backend = _sentencepiece(tokens, get("ggml.scores", []), types, get("ggml.add_space_prefix", True))
     special = [t for t, k in zip(tokens, types, strict=True) if k == CONTROL]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     user = [t for t, k in zip(tokens, types, strict=True) if k == USER_DEFINED]

@@ -29,10 +29,13 @@ class OrbaxCheckpoint(Checkpoint):
         manifest = read_json(folder / MANIFEST).get("tensors")
         if not self.config or not manifest:
             raise ValueError(f"{folder} lacks config.json or {MANIFEST}; convert the model again")
-        self.tensors = {
-            name: TensorInfo(tuple(entry["shape"]), np.dtype(jax.numpy.dtype(entry["dtype"])))
-            for name, entry in manifest.items()
-        }
+        try:
+            self.tensors = {
+                name: TensorInfo(tuple(map(int, entry["shape"])), np.dtype(jax.numpy.dtype(entry["dtype"])))
+                for name, entry in manifest.items()
+            }
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder / MANIFEST} is damaged; convert the model again") from None
         if missing := [name for name in self.tensors if not (folder / ARRAYS / name / "_METADATA").exists()]:
             raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; convert the model again")
         self._handler = ocp.StandardCheckpointer()
@@ -56,9 +59,8 @@ class OrbaxCheckpoint(Checkpoint):
         try:
             return self._handler.restore(self.folder / ARRAYS / name, {"value": target})["value"]
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             raise ValueError(
-                f"{self.folder}: tensor {name!r} is damaged ({reason}); convert the model again"
+                f"{self.folder}: tensor {name!r} is damaged ({_reason(error)}); convert the model again"
             ) from None
 
     def tokenizer(self) -> Tokenizer:
@@ -71,6 +73,15 @@ def write_orbax(folder: Path, tensors: Iterable[tuple[str, Any]]) -> None:
     with ocp.StandardCheckpointer() as handler:
         for name, value in tensors:
             manifest[name] = {"shape": list(value.shape), "dtype": str(value.dtype)}
-            handler.save(folder.absolute() / ARRAYS / name, {"value": jax.numpy.asarray(value)})
-            handler.wait_until_finished()
+            try:
+                handler.save(folder.absolute() / ARRAYS / name, {"value": jax.numpy.asarray(value)})
+                handler.wait_until_finished()
+            except Exception as error:  # orbax and tensorstore raise many kinds
+                raise OSError(
+                    f"writing {name} failed ({_reason(error)}); free some disk space and run again"
+                ) from None
     (folder / MANIFEST).write_text(json.dumps({"tensors": manifest}, indent=1))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -14,6 +14,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
 }
+MAX_COUNT = 2**24
+"""No model's vocabulary, width or context is longer; a damaged file's count must not fill the memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +53,23 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
     Raises:
         ValueError: a field is missing, or asks for something that is not implemented (named).
     """
-    try:
-        heads, hidden, layers = (
-            int(config[k]) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    heads, hidden, layers, vocab, inner = (
+        _count(config, key)
+        for key in (
+            "num_attention_heads",
+            "hidden_size",
+            "num_hidden_layers",
+            "vocab_size",
+            "intermediate_size",
         )
-        vocab, inner = int(config["vocab_size"]), int(config["intermediate_size"])
-    except KeyError as error:
-        raise ValueError(f"config.json has no {error.args[0]!r}; is this a complete checkpoint?") from None
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    )
+    kv_heads = _count(config, "num_key_value_heads", heads)
+    head_dim = _count(config, "head_dim", hidden // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"config.json: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads} "
+            f"and head_dim={head_dim} even; fetch the model again"
+        )
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
@@ -69,10 +80,10 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
         intermediate_size=inner,
         num_layers=layers,
         num_q_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        max_position=int(config.get("max_position_embeddings", 2048)),
+        norm_eps=_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        max_position=_count(config, "max_position_embeddings", 2048),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         activation=ACTIVATIONS[activation],
         attention_scale=1.0 / math.sqrt(head_dim),
@@ -82,11 +93,27 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
     )
 
 
+def _count(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise ValueError(f"config.json has no {key!r}; is this a complete checkpoint?")
+    if type(value) is not int or not 0 < value <= MAX_COUNT:
+        raise ValueError(f"config.json: {key}={value!r} must be a whole number from 1 to {MAX_COUNT}")
+    return value
+
+
+def _positive(key: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key}={value!r} must be a positive number")
+    return float(value)
+
+
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The rope settings in one dictionary, from transformers 5 (`rope_parameters`) or before (`rope_scaling`)."""
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     scaling["rope_type"] = scaling.get("rope_type") or scaling.pop("type", None) or "default"
     scaling.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    _positive("rope_theta", scaling["rope_theta"])
     scaling.setdefault("max_position", config.get("max_position_embeddings", 2048))
     return scaling
 

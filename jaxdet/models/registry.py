@@ -41,4 +41,4 @@ def build_model(
     family = family_of(config)
     shape = family.read_config(config)
     prefix = "language_model." if config["model_type"] == "gemma3" else ""
-    return family(Weights(source, jnp.dtype(dtype), backend, prefix), shape, max_model_len)
+    return family(Weights(source, jnp.dtype(dtype), backend, shape, prefix), shape, max_model_len)

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxdet.models.config import ModelConfig
 from pallas_kernels.matmul import op as matmul_op
+
+CHECKED_AT_ONCE = 2**20
+"""Elements; a mask of a whole embedding would be as large as a layer."""
 
 
 class TensorSource(Protocol):
@@ -24,6 +28,7 @@ class Weights:
     source: TensorSource
     dtype: jnp.dtype
     backend: str
+    config: ModelConfig
     prefix: str = ""
 
     def __truediv__(self, name: str) -> "Weights":
@@ -43,14 +48,43 @@ class Weights:
         return jnp.asarray(matmul_op.pack_gated(self._matrix(gate), self._matrix(up), self.backend))
 
     def _matrix(self, *names: str) -> np.ndarray:
-        return np.concatenate([self._cast(self._read(name)) for name in names], axis=0).T
+        parts = [self._cast(self._read(name)) for name in names]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)).T
 
     def _cast(self, value: np.ndarray) -> np.ndarray:
-        return value.astype(ml_dtypes.bfloat16 if self.dtype == jnp.bfloat16 else self.dtype)
+        return value.astype(ml_dtypes.bfloat16 if self.dtype == jnp.bfloat16 else self.dtype, copy=False)
 
     def _read(self, name: str) -> np.ndarray:
         full = self.prefix + name
-        value = self.source.read(full)
-        if not np.isfinite(value).all():
-            raise ValueError(f"tensor {full} holds NaN or inf; the checkpoint is damaged, fetch it again")
+        value, shape = self.source.read(full), tensor_shape(full, self.config)
+        if value.shape != shape:
+            raise ValueError(
+                f"tensor {full} has shape {value.shape} but the config asks for {shape}; fetch the model again"
+            )
+        flat = value.reshape(-1)
+        for start in range(0, flat.size, CHECKED_AT_ONCE):
+            if not np.isfinite(flat[start : start + CHECKED_AT_ONCE]).all():
+                raise ValueError(f"tensor {full} holds NaN or inf; the checkpoint is damaged, fetch it again")
         return value
+
+
+def tensor_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape that a tensor must have, by the last parts of its Hugging Face name."""
+    module, kind = name.split(".")[-2:]
+    c = config
+    q, kv = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    matrices = {
+        "embed_tokens": (c.vocab_size, c.hidden_size),
+        "lm_head": (c.vocab_size, c.hidden_size),
+        "q_proj": (q, c.hidden_size),
+        "k_proj": (kv, c.hidden_size),
+        "v_proj": (kv, c.hidden_size),
+        "o_proj": (c.hidden_size, q),
+        "gate_proj": (c.intermediate_size, c.hidden_size),
+        "up_proj": (c.intermediate_size, c.hidden_size),
+        "down_proj": (c.hidden_size, c.intermediate_size),
+        "q_norm": (c.head_dim,),
+        "k_norm": (c.head_dim,),
+    }
+    shape = matrices.get(module, (c.hidden_size,))
+    return shape[:1] if kind == "bias" else shape
