@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from jaxdet.llm import LLM, Prompt
+from jaxdet.llm import LLM, Prompt, as_list
 from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
 from jaxdet.sampling_params import SamplingParams
 from pallas_kernels.numerics import NUMERICS_VERSION
@@ -45,15 +45,14 @@ def generate(
         model: see `LLM`.
         sampling: fields of `SamplingParams`, such as max_tokens=32, temperature=0.7, seed=7.
     """
+    params, listed = SamplingParams(**sampling), as_list(prompts)
     llm = _shared(str(model), dtype, backend)
-    single = isinstance(prompts, str) or not isinstance(prompts, Sequence) or isinstance(prompts[0], int)
-    listed = [prompts] if single else prompts
     if llm.tokenizer.chat_template:
         listed = [
             llm.chat_prompt([{"role": "user", "content": p}]) if isinstance(p, str) and p else p
             for p in listed
         ]
-    return llm.generate(listed, SamplingParams(**sampling), use_tqdm=use_tqdm)  # pyright: ignore
+    return llm.generate(listed, params, use_tqdm=use_tqdm)
 
 
 def score(

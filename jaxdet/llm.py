@@ -2,14 +2,19 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from jaxdet.checkpoints import open_checkpoint
+from jaxdet.engine.compile_cache import use_compile_cache
+from jaxdet.engine.digest import weights_digest
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.sequence import Sequence as EngineSequence
 from jaxdet.models.registry import build_model, family_of
@@ -27,6 +32,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 class LLM:
     """A model with its tokenizer and engine; the same request gets the same bits, whatever else it runs.
 
+    One thread at a time. Compiled programs are kept in jaxdet's cache folder ($JAXDET_CACHE), unless JAX's own
+    compilation cache is set up.
+
     Args:
         model: a known name ("smollm2-135m"), a Hugging Face folder or id, a .gguf file, or an Orbax directory.
         dtype: "float32", "bfloat16" or "float16" of weights and activations; "auto" is float32 on a CPU and bfloat16
@@ -39,6 +47,7 @@ class LLM:
         enable_chunked_prefill: split prompts longer than max_num_batched_tokens; without it they must fit.
         num_pages: KV pages of 128 tokens; None sizes the cache by itself.
         seed: seed of requests that bring none.
+        keep_logits: give every output token's logits in `CompletionOutput.logits` (for verification).
 
     Raises:
         ValueError: an argument is out of range or the checkpoint is not usable; one line, with the remedy.
@@ -64,16 +73,21 @@ class LLM:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} or auto")
-        for name, value in (
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
+        for name, value, smallest in (
+            ("max_num_seqs", max_num_seqs, 1),
+            ("max_num_batched_tokens", max_num_batched_tokens, 1),
+            ("max_model_len", 2 if max_model_len is None else max_model_len, 2),
+            ("num_pages", 2 if num_pages is None else num_pages, 2),
+            ("seed", seed, 0),
         ):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {smallest}")
+        SamplingParams(seed=seed)
+        use_compile_cache()
         checkpoint = open_checkpoint(model)
         limit = family_of(checkpoint.config).read_config(checkpoint.config).max_position
         max_model_len = min(limit, 4096) if max_model_len is None else max_model_len
-        if not 2 <= max_model_len <= limit:
+        if max_model_len > limit:
             raise ValueError(f"max_model_len={max_model_len} must be in [2, {limit}], the model's own limit")
         if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
             raise ValueError(
@@ -93,7 +107,7 @@ class LLM:
         )
         self.engine = Engine(
             network,
-            salt=f"{checkpoint.name}/{dtype}",
+            salt=weights_digest(nnx.state(network)),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -104,6 +118,7 @@ class LLM:
             eos_token_ids=self.tokenizer.eos_token_ids,
             keep_logits=keep_logits,
         )
+        self._live: dict[EngineSequence, _Request] = {}
 
     def generate(
         self,
@@ -119,26 +134,22 @@ class LLM:
             sampling_params: one for all, or one per prompt.
             use_tqdm: show a progress bar.
         """
-        prompts = _as_list(prompts)
-        params = _one_each(sampling_params or SamplingParams(), len(prompts))
-        encoded = [self._encode(prompt) for prompt in prompts]
-        requests = []
+        listed = as_list(prompts)
+        params = _one_each(sampling_params, len(listed))
+        encoded = [self._encode(prompt) for prompt in listed]
+        requests: list[_Request] = []
         try:
             for (text, ids), p in zip(encoded, params, strict=True):
-                requests.append(_Request(self, text, self.engine.add(ids, p), p))
-            pending = {s: r for r in requests for s in r.sequences}
-            with tqdm(total=len(pending), desc="Generating", unit="seq", disable=not use_tqdm) as bar:
-                while pending:
-                    for sequence in self.engine.step():
-                        if (request := pending.get(sequence)) is not None:
-                            request.update(sequence)
-                            if sequence.finish_reason is not None:
-                                del pending[sequence]
-                                bar.update()
-        except BaseException:
+                requests.append(self._add(text, ids, p))
+            sequences = [s for r in requests for s in r.sequences]
+            with tqdm(total=len(sequences), desc="Generating", unit="seq", disable=not use_tqdm) as bar:
+                while (done := sum(s.finish_reason is not None for s in sequences)) < len(sequences):
+                    bar.update(done - bar.n)
+                    self._step()
+                bar.update(done - bar.n)
+        finally:
             for request in requests:
-                request.abort()
-            raise
+                self._drop(request)
         return [request.output() for request in requests]
 
     def chat(
@@ -155,6 +166,8 @@ class LLM:
             messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
             template: passed on to the chat template.
         """
+        if isinstance(messages, str | Mapping) or not messages:
+            raise ValueError('messages must be a list such as [{"role": "user", "content": "…"}], not empty')
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(c, **template) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -167,19 +180,25 @@ class LLM:
     def score(
         self, token_id_sequences: Sequence[Sequence[int]], *, use_tqdm: bool = False
     ) -> list[ScoreOutput]:
-        """log p(token i + 1 | tokens 0…i) of given tokens, bit-equal to what the sampler reported for them."""
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
+        """log p(token i + 1 | tokens 0…i) of given tokens, bit-equal to what the sampler reported for them.
+
+        Args:
+            token_id_sequences: one list of ids per sequence, each of up to max_model_len tokens.
+        """
+        if len(token_id_sequences) == 0:
+            raise ValueError("token_id_sequences is empty; give at least one list of token ids")
         queued: list[EngineSequence] = []
         try:
             for ids in token_id_sequences:
-                queued += self.engine.add(ids, params)
+                queued.append(self.engine.add_score(ids))
             with tqdm(total=len(queued), desc="Scoring", unit="seq", disable=not use_tqdm) as bar:
-                while any(s.finish_reason is None for s in queued):
-                    bar.update(sum(s.finish_reason is not None for s in self.engine.step()))
-        except BaseException:
+                while (done := sum(s.finish_reason is not None for s in queued)) < len(queued):
+                    bar.update(done - bar.n)
+                    self._step()
+                bar.update(done - bar.n)
+        finally:
             for sequence in queued:
                 self.engine.abort(sequence)
-            raise
         return [ScoreOutput(s.prompt, [entry[0] for entry in s.prompt_logprobs]) for s in queued]
 
     def stream(
@@ -187,27 +206,57 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Yields the request's output after every token; `.outputs[0].text` grows to `generate`'s text."""
         text, ids = self._encode(prompt)
-        params = sampling_params or SamplingParams()
-        request = _Request(self, text, self.engine.add(ids, params), params)
+        (params,) = _one_each(sampling_params, 1)
+        request = self._add(text, ids, params)
         try:
-            while any(s.finish_reason is None for s in request.sequences):
-                if mine := [s for s in self.engine.step() if s in request.sequences]:
-                    for sequence in mine:
-                        request.update(sequence)
+            seen = None
+            while True:
+                # Another call may have run this request's steps in the meantime.
+                state = [(s.num_output, s.finish_reason) for s in request.sequences]
+                if state != seen and any(n or reason for n, reason in state):
                     yield request.output()
+                    seen = state
+                elif all(reason for _, reason in state):
+                    return
+                else:
+                    self._step()
         finally:
-            request.abort()
+            self._drop(request)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _add(self, text: str | None, ids: Sequence[int], params: SamplingParams) -> "_Request":
+        request = _Request(self, text, self.engine.add(ids, params), params)
+        self._live |= dict.fromkeys(request.sequences, request)
+        return request
+
+    def _step(self) -> None:
+        """One step of the engine; stop strings end their sequences here, whichever call runs it."""
+        for sequence in self.engine.step():
+            if (request := self._live.get(sequence)) is not None:
+                request.update(sequence)
+
+    def _drop(self, request: "_Request") -> None:
+        for sequence in request.sequences:
+            self.engine.abort(sequence)
+            del self._live[sequence]
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("prompt is empty; give it at least one token")
             return prompt, self.tokenizer.encode(prompt)
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            return self._encode(prompt["prompt"])
-        return None, list(prompt)
+                return prompt.get("prompt"), prompt["prompt_token_ids"]
+            if isinstance(prompt.get("prompt"), str):
+                return self._encode(prompt["prompt"])
+            raise ValueError(
+                'prompt must hold "prompt" (text) or "prompt_token_ids"; got ' + str(list(prompt))
+            )
+        if not isinstance(prompt, Sequence | np.ndarray | jax.Array):
+            raise ValueError(
+                f"prompt={prompt!r} must be text, a list of token ids, or a dictionary of either"
+            )
+        return None, prompt
 
 
 class _Request:
@@ -227,10 +276,6 @@ class _Request:
             sequence.finish_reason = "stop"
         elif sequence.finish_reason is not None:
             stream.finish(drop_last=sequence.finish_reason == "stop")
-
-    def abort(self) -> None:
-        for sequence in self.sequences:
-            self._llm.engine.abort(sequence)
 
     def output(self) -> RequestOutput:
         first, p = self.sequences[0], self._params
@@ -253,12 +298,13 @@ class _Request:
             index=s.sample_index,
             text=stream.text,
             token_ids=s.output,
-            cumulative_logprob=sum(e[0] for e in s.logprobs) if wanted else None,
+            cumulative_logprob=sum((e[0] for e in s.logprobs), 0.0) if wanted else None,
             logprobs=[self._logprobs(t, e) for t, e in zip(s.output, s.logprobs, strict=True)]
             if wanted
             else None,
             finish_reason=s.finish_reason,
             stop_reason=stream.stopped_by or s.stop_reason,
+            logits=np.stack(s.logits) if s.logits else None,
         )
 
     def _logprobs(self, token: int, entry) -> dict[int, Logprob]:
@@ -270,16 +316,31 @@ class _Request:
         return found
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    single = isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if single else list(prompts)  # pyright: ignore
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence | np.ndarray | jax.Array):
+        raise ValueError(f"prompts={prompts!r} must be a prompt or a list of prompts")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty; give at least one prompt")
+    listed: list[Any] = list(prompts)
+    return listed if isinstance(listed[0], str | Mapping) or np.ndim(listed[0]) else [listed]
 
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> Sequence[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if isinstance(params, Sequence) and all(isinstance(p, SamplingParams) for p in params):
+        if len(params) == count:
+            return params
         raise ValueError(
             f"sampling_params has {len(params)} entries for {count} prompts; give one, or one per prompt"
         )
-    return params
+    raise ValueError(f"sampling_params={params!r} must be SamplingParams, or a list with one per prompt")

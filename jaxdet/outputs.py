@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import numpy as np
+from jaxtyping import Float
+
 
 @dataclasses.dataclass(frozen=True)
 class Logprob:
@@ -26,6 +29,8 @@ class CompletionOutput:
     """"stop", "length", "error" (the logits were NaN), or None while running."""
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it; None for the end-of-sequence token."""
+    logits: Float[np.ndarray, "T V"] | None = None
+    """The logits behind every token, float32; None unless the LLM keeps them."""
 
 
 @dataclasses.dataclass

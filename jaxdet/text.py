@@ -7,35 +7,54 @@ from jaxdet.tokenizer import DecodeStream, Tokenizer
 
 
 class TextStream:
-    """Decodes tokens as they come; never half a character, never part of a stop string."""
+    """Decodes tokens as they come; `text` never holds half a character or the beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
         self._tokenizer, self._params = tokenizer, params
         self._stream = DecodeStream(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._seen: list[int] = []
+        self._stops = params.stop
+        self._tokens: list[int] = []
+        self._decoded = ""
+        self._searched = 0
+        """Where text that may complete a stop string begins: not before min_tokens."""
         self.text = ""
         self.stopped_by: str | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Takes all tokens so far; decodes the new ones."""
-        for token in tokens[len(self._seen) :]:
-            self._seen.append(token)
-            before = len(self.text)
-            self.text += self._stream.step(token)
-            self._find_stop(before)
+        for token in tokens[len(self._tokens) :]:
+            self._tokens.append(token)
+            self._decoded += self._stream.step(token)
+            if len(self._tokens) > self._params.min_tokens:
+                self._find_stop()
+            self._searched = len(self._decoded)
+        if self.stopped_by is None:
+            self.text = self._decoded[: len(self._decoded) - self._held()]
 
     def finish(self, *, drop_last: bool) -> None:
-        """Settles the text: whatever the stream held back is decoded, an ending stop token is left out."""
-        tokens = self._seen[:-1] if drop_last else self._seen
+        """Settles the text: whatever was held back is decoded; `drop_last` leaves out the stop token that ended it."""
+        tokens = self._tokens
+        if drop_last and not self._params.include_stop_str_in_output:
+            tokens = tokens[:-1]
         self.text = self._tokenizer.decode(tokens, skip_special_tokens=self._params.skip_special_tokens)
 
-    def _find_stop(self, before: int) -> None:
+    def _find_stop(self) -> None:
         found = []
-        for stop in self._params.stop:
-            at = self.text.find(stop, max(0, before - len(stop) + 1))
+        for stop in self._stops:
+            at = self._decoded.find(stop, max(0, self._searched - len(stop) + 1))
             if at >= 0:
                 found.append((at, stop))
-        if found:
+        if found and self.stopped_by is None:
             at, stop = min(found)
             self.stopped_by = stop
-            self.text = self.text[: at + len(stop) * self._params.include_stop_str_in_output]
+            self.text = self._decoded[: at + len(stop) * self._params.include_stop_str_in_output]
+
+    def _held(self) -> int:
+        """Characters at the end that may become a stop string; they are shown once they don't."""
+        if self._params.include_stop_str_in_output:
+            return 0
+        longest = max((len(s) - 1 for s in self._stops), default=0)
+        for n in range(min(longest, len(self._decoded)), 0, -1):
+            if any(stop.startswith(self._decoded[-n:]) for stop in self._stops):
+                return n
+        return 0

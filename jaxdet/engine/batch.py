@@ -10,7 +10,8 @@ from pallas_kernels.sample.op import SamplingRows
 Work = list[tuple[Sequence, int]]
 
 SMALLEST_PREFILL = 32
-ADJUSTMENT_BUCKETS = (0, 32, 512, 4096, 32768, 262144)
+ADJUSTMENT_BUCKETS = (0, 32, 512, 4096, 32768, 2**19)
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def round_up(value: int, smallest: int, largest: int) -> int:
@@ -78,7 +79,8 @@ def sampling_rows(work: Work, rows: int, vocab: int) -> SamplingRows:
     return SamplingRows(
         temperature=column(lambda s: s.params.temperature, 0, np.float32),
         top_k=column(lambda s: s.params.top_k if s.params.temperature else 0, 0, np.int32),
-        top_p=column(lambda s: s.params.top_p if s.params.temperature else 1, 1, np.float32),
+        # A top_p that float32 rounds to 0 would keep nothing; the smallest normal number keeps the best token.
+        top_p=column(lambda s: max(s.params.top_p, TINY) if s.params.temperature else 1, 1, np.float32),
         min_p=column(lambda s: s.params.min_p, 0, np.float32),
         seed=column(lambda s: (s.seed & 0xFFFFFFFF, s.seed >> 32), (0, 0), np.uint32),
         sample_index=column(lambda s: s.sample_index, 0, np.int32),

@@ -1,7 +1,9 @@
 """The engine: token ids in, token ids out; requests join and leave a running batch."""
 
 import itertools
+from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,9 @@ from pallas_kernels.numerics import PAGE_SIZE
 
 MAX_PREFILL_SEQS = 8
 CACHE_BYTES = 2**30
+"""Size limit of the cache where the device doesn't tell its memory (a CPU)."""
+CACHE_SHARE = 0.8
+"""Share of the memory left beside the weights that the cache may take elsewhere."""
 
 
 class Engine:
@@ -28,7 +33,8 @@ class Engine:
         max_model_len: tokens a sequence may have, prompt and output together.
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens of one prefill step.
-        num_pages: pages of the KV cache; None gives every running sequence room for `max_model_len`, up to 1 GiB.
+        num_pages: pages of the KV cache; None gives every running sequence room for `max_model_len`, within 1 GiB on
+            a CPU and within 80 % of the free memory elsewhere.
         seed: the seed of requests that bring none.
         keep_logits: keep every sampled token's logits on its sequence (for verification).
     """
@@ -53,7 +59,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.keep_logits = keep_logits
         self._table = -(-max_model_len // PAGE_SIZE)
-        num_pages = num_pages or self._default_pages(max_num_seqs)
+        num_pages = self._default_pages(max_num_seqs) if num_pages is None else num_pages
         if num_pages < self._table + 1:
             raise ValueError(
                 f"num_pages={num_pages} holds no sequence of max_model_len={max_model_len}; "
@@ -67,6 +73,7 @@ class Engine:
             max_prefill_seqs=MAX_PREFILL_SEQS,
             chunked=enable_chunked_prefill,
         )
+        self._num_pages = num_pages
         self._cache = self.step_fn.new_cache(num_pages, PAGE_SIZE)
         self._ids = itertools.count()
 
@@ -78,42 +85,67 @@ class Engine:
         Raises:
             ValueError: the prompt is empty, too long, or has ids outside the vocabulary.
         """
-        vocab = self.step_fn.config.vocab_size
-        prompt = [int(t) for t in prompt]
-        if not prompt:
-            raise ValueError("prompt is empty; give it at least one token")
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(
-                f"prompt has {len(prompt)} tokens but max_model_len is {self.max_model_len}, one of them for the "
-                "output; shorten the prompt or raise max_model_len"
-            )
-        for name, ids in (
-            ("prompt_token_ids", prompt),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            if (bad := next((t for t in ids if not 0 <= t < vocab), None)) is not None:
-                raise ValueError(
-                    f"{name} holds {bad}, outside the vocabulary [0, {vocab}); check the tokenizer"
-                )
+        ids = self._check_prompt(prompt, self.max_model_len - 1)
+        self._check_vocabulary("logit_bias", params.logit_bias)
+        self._check_vocabulary("stop_token_ids", params.stop_token_ids)
         request_id = request_id or str(next(self._ids))
-        room = self.max_model_len - len(prompt)
-        sequences = [
-            Sequence(
+        room = self.max_model_len - len(ids)
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        return [
+            self._queue(
                 request_id=request_id,
-                prompt=prompt,
+                prompt=ids,
                 params=params,
                 sample_index=index,
                 seed=self.seed if params.seed is None else params.seed,
                 max_tokens=min(room, params.max_tokens or room),
-                stop_ids=frozenset(params.stop_token_ids)
-                | (frozenset() if params.ignore_eos else self.eos_token_ids),
+                stop_ids=eos | frozenset(params.stop_token_ids),
             )
             for index in range(params.n)
         ]
-        for sequence in sequences:
-            self.scheduler.add(sequence)
-        return sequences
+
+    def add_score(self, token_ids: Tokens[int]) -> Sequence:
+        """Queues tokens whose `prompt_logprobs` are wanted and nothing else; up to `max_model_len` of them.
+
+        Raises:
+            ValueError: as for `add`.
+        """
+        return self._queue(
+            request_id=str(next(self._ids)),
+            prompt=self._check_prompt(token_ids, self.max_model_len),
+            params=SamplingParams(prompt_logprobs=0, temperature=0),
+            sample_index=0,
+            seed=self.seed,
+            max_tokens=0,
+            stop_ids=frozenset(),
+        )
+
+    def _queue(self, **fields: Any) -> Sequence:
+        sequence = Sequence(**fields)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def _check_prompt(self, prompt: Tokens[int], longest: int) -> list[int]:
+        ids = np.asarray(prompt)
+        if ids.size == 0:
+            raise ValueError("prompt is empty; give it at least one token")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                "prompt_token_ids must be a flat list of integers; encode text with the tokenizer"
+            )
+        if len(ids) > longest:
+            for_output = ", one of them for the output" if longest < self.max_model_len else ""
+            raise ValueError(
+                f"prompt has {len(ids)} tokens but max_model_len is {self.max_model_len}{for_output}; "
+                "shorten the prompt or raise max_model_len"
+            )
+        self._check_vocabulary("prompt_token_ids", ids.tolist())
+        return ids.tolist()
+
+    def _check_vocabulary(self, name: str, ids: Iterable[int]) -> None:
+        vocab = self.step_fn.config.vocab_size
+        if (bad := next((t for t in ids if not 0 <= t < vocab), None)) is not None:
+            raise ValueError(f"{name} holds {bad}, outside the vocabulary [0, {vocab}); check the tokenizer")
 
     @property
     def has_work(self) -> bool:
@@ -126,10 +158,20 @@ class Engine:
             self.scheduler.finish(sequence)
 
     def step(self) -> list[Sequence]:
-        """Runs one step; returns the sequences that got a token or ended."""
-        work = self.scheduler.schedule()
-        if not work:
-            return []
+        """Runs one step; returns the sequences that got a token or ended.
+
+        Whatever it raises, the engine stays usable: running sequences start over, to the same bits.
+        """
+        try:
+            work = self.scheduler.schedule()
+            return self._run(work) if work else []
+        except BaseException:
+            # The cache may have been donated to a step that failed.
+            self.scheduler.restart()
+            self._cache = self.step_fn.new_cache(self._num_pages, PAGE_SIZE)
+            raise
+
+    def _run(self, work: Work) -> list[Sequence]:
         batch = model_batch(
             work,
             max_prefill_seqs=self.scheduler.max_prefill_seqs,
@@ -138,7 +180,7 @@ class Engine:
             table=self._table,
         )
         rows = sampling_rows(work, batch.seq_lens.shape[0], self.step_fn.config.vocab_size)
-        scored = any(s.params.prompt_logprobs is not None for s, _ in work) and batch.max_query_len > 1
+        scored = any(s.unscored for s, _ in work)
         wanted = any(s.params.logprobs is not None for s, _ in work) or scored
         out, self._cache = self.step_fn.run(
             self.step_fn.state,
@@ -146,7 +188,7 @@ class Engine:
             batch,
             rows,
             _targets(work, batch.tokens.shape[0]) if scored else None,
-            top_logprobs=MAX_LOGPROBS if wanted else None,
+            top_logprobs=min(MAX_LOGPROBS, self.step_fn.config.vocab_size) if wanted else None,
             keep_logits=self.keep_logits,
         )
         return self._collect(work, np.asarray(batch.query_start), jax.device_get(out))
@@ -156,18 +198,21 @@ class Engine:
         for row, (sequence, count) in enumerate(work):
             first = sequence.computed
             self.scheduler.computed(sequence, count)
-            if out.prompt_logprobs is not None and sequence.params.prompt_logprobs is not None:
-                done = min(first + count, len(sequence.prompt) - 1) - first
+            if out.prompt_logprobs is not None and sequence.unscored:
+                known = len(sequence.prompt_logprobs)
                 sequence.prompt_logprobs += [
-                    _entry(out.prompt_logprobs, starts[row] + i, sequence.params.prompt_logprobs)
-                    for i in range(max(done, 0))
-                    if first + i >= len(sequence.prompt_logprobs)
+                    _entry(
+                        out.prompt_logprobs, starts[row] + at - first, sequence.params.prompt_logprobs or 0
+                    )
+                    for at in range(known, min(first + count, len(sequence.prompt) - 1))
                 ]
             if sequence.pending:
                 continue
             changed.append(sequence)
             if not out.usable[row]:
                 sequence.finish_reason = "error"
+            elif sequence.max_tokens == 0:
+                sequence.finish_reason = "length"
             else:
                 if sequence.params.logprobs is not None and out.logprobs is not None:
                     sequence.logprobs.append(_entry(out.logprobs, row, sequence.params.logprobs))
@@ -183,7 +228,11 @@ class Engine:
         page_bytes = (
             2 * c.num_layers * c.num_kv_heads * PAGE_SIZE * c.head_dim * np.dtype(self.step_fn.dtype).itemsize
         )
-        return max(self._table, min(max_num_seqs * self._table, CACHE_BYTES // page_bytes)) + 1
+        memory = jax.local_devices()[0].memory_stats()
+        budget = CACHE_BYTES
+        if memory and "bytes_limit" in memory:
+            budget = int(CACHE_SHARE * (memory["bytes_limit"] - memory["bytes_in_use"]))
+        return max(self._table, min(max_num_seqs * self._table, budget // page_bytes)) + 1
 
 
 def _targets(work: Work, size: int) -> np.ndarray:

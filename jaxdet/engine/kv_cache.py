@@ -76,6 +76,11 @@ class PagePool:
             if self._users[page] == 0:
                 self._free[page] = None
 
+    def forget_all(self) -> None:
+        """No prefix is known any more."""
+        self._page_of.clear()
+        self._hash_of.clear()
+
     def _forget(self, page: int) -> None:
         if (prefix := self._hash_of.pop(page, None)) is not None:
             del self._page_of[prefix]

@@ -34,6 +34,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -67,11 +68,19 @@ class Scheduler:
             sequence.hashes.append(self.pool.extend_hash(previous, tokens))
             self.pool.remember(sequence.pages[page], sequence.hashes[-1])
 
+    def restart(self) -> None:
+        """After a failed step: no cached page is trusted and every running sequence starts over from its tokens."""
+        while self.running:
+            sequence = self.running[-1]
+            del sequence.logprobs[sequence.num_output :], sequence.logits[sequence.num_output :]
+            self._preempt(sequence)
+        self.pool.forget_all()
+
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             # prompt_logprobs need every position's logits, so nothing may be skipped.
-            if sequence.params.prompt_logprobs is None or sequence.num_output:
+            if not sequence.unscored:
                 sequence.pages, sequence.hashes = self.pool.match(sequence.tokens)
             sequence.computed = len(sequence.pages) * PAGE_SIZE
             if not sequence.num_output:
@@ -108,6 +117,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Frees the sequence's pages; it starts over from its tokens later, to the same bits."""
+        self.preemptions += 1
         self.running.remove(sequence)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.hashes, sequence.computed = [], [], 0

@@ -17,6 +17,7 @@ class Sequence:
     sample_index: int
     seed: int
     max_tokens: int
+    """0: nothing but the prompt's logprobs is wanted."""
     stop_ids: frozenset[int]
     """End-of-sequence and stop tokens; empty under ignore_eos without stop_token_ids."""
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -52,6 +53,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to be computed; 1 means that the sequence decodes."""
         return len(self.tokens) - self.computed
+
+    @property
+    def unscored(self) -> bool:
+        """Whether logprobs of prompt tokens are wanted and not all there."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
 
     def append(self, token: int) -> None:
         """Takes a sampled token and notes whether it ends the sequence."""

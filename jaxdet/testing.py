@@ -1,0 +1,137 @@
+"""Tiny random models with a byte-level tokenizer: whole checkpoints in 200 kB, for tests and examples."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxdet.tokenizer import Tokenizer
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 70},
+    "gemma3_text": {
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 70,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+}
+"""What each family's config changes in COMMON."""
+
+
+def write_tiny_model(folder: str | Path, family: str = "llama", *, seed: int = 0) -> Path:
+    """Writes a Hugging Face folder with 2 layers, 259 tokens and float32 weights that every machine gets alike.
+
+    The head favours printable ASCII, so that completions are text.
+
+    Args:
+        folder: must not exist yet.
+        family: one of `FAMILIES`.
+        seed: which random weights.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    config = {"model_type": family} | COMMON | FAMILIES[family]
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(_tensors(config, seed), folder / "model.safetensors")
+    byte_tokenizer().save(folder)
+    return folder
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and three special tokens after them; the chat template is ChatML."""
+    order = _byte_characters()
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(order)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return Tokenizer(
+        backend,
+        bos_token=SPECIAL_TOKENS[0],
+        eos_token=SPECIAL_TOKENS[2],
+        eos_token_ids=[256, 258],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself if it is printable, else the next unused code point."""
+    own = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b if b in own else next(others)) for b in range(256)]
+
+
+def _tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    family, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    gemma, dim = family == "gemma3_text", config["head_dim"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (VOCAB_SIZE, hidden),
+        "norm.weight": (hidden,),
+    }
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if gemma else []
+    for i in range(config["num_hidden_layers"]):
+        layer = {f"{n}.weight": (hidden,) for n in norms}
+        layer |= {f"self_attn.{n}_proj.weight": (w, hidden) for n, w in (("q", q), ("k", kv), ("v", kv))}
+        layer |= {"self_attn.o_proj.weight": (hidden, q), "mlp.down_proj.weight": (hidden, inner)}
+        layer |= {f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
+        if family == "qwen2":
+            layer |= {f"self_attn.{n}_proj.bias": (w,) for n, w in (("q", q), ("k", kv), ("v", kv))}
+        if family in ("qwen3", "gemma3_text"):
+            layer |= {f"self_attn.{n}_norm.weight": (dim,) for n in "qk"}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    tensors = {f"model.{name}": _random(name, shape, seed) for name, shape in shapes.items()}
+    for name in tensors:
+        if "norm" in name and not gemma:  # Gemma stores w − 1
+            tensors[name] += 1
+    if config["tie_word_embeddings"]:
+        head = tensors["model.embed_tokens.weight"]
+    else:
+        head = tensors["lm_head.weight"] = _random("lm_head", (VOCAB_SIZE, hidden), seed)
+    head *= 3
+    printable = np.zeros(VOCAB_SIZE, bool)
+    printable[32:127] = True
+    head[~printable] /= 8
+    return tensors
+
+
+def _random(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Uniform, variance about 1 / fan-in; only integer and power-of-two arithmetic, so no machine rounds otherwise."""
+    raw = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(math.prod(shape))
+    uniform = (raw >> np.uint64(41)).astype(np.float32) * 2.0**-22 - 1  # [−1, 1)
+    scale = 0.25 if len(shape) == 1 else 2.0 ** round(math.log2(math.sqrt(3 / shape[1])))
+    return (uniform * np.float32(scale)).astype(np.float32).reshape(shape)
