@@ -56,7 +56,7 @@ def logits_of(folder, ids, dtype) -> np.ndarray:
         max_tokens=512,
         table=1,
     )
-    logits, _ = step.forward(step.state, step.new_cache(count + 1, PAGE_SIZE), batch)
+    logits, _ = step.forward(step.new_cache(count + 1, PAGE_SIZE), batch)
     assert logits.dtype == jnp.float32
     return np.asarray(logits)[: count * length].reshape(count, length, -1)
 

@@ -183,14 +183,14 @@ class Engine:
         scored = any(s.unscored for s, _ in work)
         wanted = any(s.params.logprobs is not None for s, _ in work) or scored
         out, self._cache = self.step_fn.run(
-            self.step_fn.state,
             self._cache,
             batch,
             rows,
-            _targets(work, batch.tokens.shape[0]) if scored else None,
+            targets=_targets(work, batch.tokens.shape[0]) if scored else None,
             top_logprobs=min(MAX_LOGPROBS, self.step_fn.config.vocab_size) if wanted else None,
-            keep_logits=self.keep_logits,
         )
+        if not self.keep_logits:
+            out = out._replace(logits=None)
         return self._collect(work, np.asarray(batch.query_start), jax.device_get(out))
 
     def _collect(self, work: Work, starts: np.ndarray, out: StepOutput) -> list[Sequence]:

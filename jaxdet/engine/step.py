@@ -1,4 +1,8 @@
-"""One step of the model as a pure, jitted function."""
+"""One step of the model as pure, jitted functions.
+
+The model's program depends on the step's bucket, the sampler's on the number of sequences and on what was asked for:
+kept apart, their variants add up instead of multiplying, and the model is compiled once a bucket.
+"""
 
 import functools
 from typing import NamedTuple
@@ -7,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jaxdet.models.layers import Batch, DecoderLM, KVCache
 from pallas_kernels.arrays import HostOrDevice
@@ -30,23 +35,21 @@ class StepOutput(NamedTuple):
 
     tokens: HostOrDevice
     usable: HostOrDevice
-    logprobs: Logprobs | None
-    prompt_logprobs: Logprobs | None
     logits: HostOrDevice | None
+    logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None = None
 
 
 class Step:
-    """A model split once into graph and state; `run` recompiles for each new bucket and each new flag only."""
+    """A model split once into graph and state, and its compiled programs."""
 
     def __init__(self, model: DecoderLM):
         self.config, self.dtype, self.backend = model.config, model.dtype, model.backend
         graph, self.state = nnx.split(model)
-        self.run = jax.jit(
-            functools.partial(_step, graph),
-            static_argnames=("top_logprobs", "keep_logits"),
-            donate_argnames=("cache",),
-        )
-        self.forward = jax.jit(functools.partial(_forward, graph), donate_argnames=("cache",))
+        self._hidden = jax.jit(functools.partial(_hidden, graph), donate_argnames="cache")
+        self._sample = jax.jit(functools.partial(_sample, graph), static_argnames="top")
+        self._score = jax.jit(functools.partial(_score, graph), static_argnames="top")
+        self._logits = jax.jit(functools.partial(_logits, graph))
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """Zeroed pages for every layer: [num_pages, Hkv, page_size, D] for keys and for values."""
@@ -56,33 +59,58 @@ class Step:
             for _ in range(self.config.num_layers)
         ]
 
+    def run(
+        self,
+        cache: KVCache,
+        batch: Batch,
+        rows: SamplingRows,
+        *,
+        targets: Int[HostOrDevice, " T"] | None = None,
+        top_logprobs: int | None = None,
+    ) -> tuple[StepOutput, KVCache]:
+        """One token per sequence, and the cache with this step's keys and values in it (the old one is donated).
 
-def _step(
-    graph,
-    state,
-    cache: KVCache,
-    batch: Batch,
-    rows: SamplingRows,
-    targets: jax.Array | None,
-    *,
-    top_logprobs: int | None,
-    keep_logits: bool,
-) -> tuple[StepOutput, KVCache]:
-    model = nnx.merge(graph, state)
-    hidden, cache = model(batch, cache)
+        Args:
+            targets: score these tokens, one for each of the step's, too.
+            top_logprobs: report log-probabilities, with so many of the most likely tokens beside the chosen one.
+        """
+        hidden, last, cache = self._hidden(self.state, cache, batch)
+        out = self._sample(self.state, last, rows, top=top_logprobs)
+        if targets is not None:
+            scores = self._score(self.state, hidden, targets, top=top_logprobs or 0)
+            out = out._replace(prompt_logprobs=scores)
+        return out, cache
+
+    def forward(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T V"], KVCache]:
+        """float32 logits of every token of the step: what verification compares."""
+        hidden, _, cache = self._hidden(self.state, cache, batch)
+        return self._logits(self.state, hidden), cache
+
+
+def _hidden(graph, state, cache: KVCache, batch: Batch) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Normalised hidden states of every token and of each sequence's last one."""
+    hidden, cache = nnx.merge(graph, state)(batch, cache)
     last = jnp.maximum(batch.query_start[1:] - 1, 0)
-    logits = model.logits(hidden.at[last].get(mode="promise_in_bounds"))
+    return hidden, hidden.at[last].get(mode="promise_in_bounds"), cache
+
+
+def _logits(graph, state, hidden) -> jax.Array:
+    return nnx.merge(graph, state).logits(hidden)
+
+
+def _sample(graph, state, hidden, rows: SamplingRows, *, top: int | None) -> StepOutput:
+    model = nnx.merge(graph, state)
+    logits = model.logits(hidden)
     tokens, usable = sample(logits, rows, backend=model.backend)
-    logprobs = prompt_logprobs = None
-    if top_logprobs is not None:
-        logprobs = Logprobs(*token_logprobs(logits, tokens, top=top_logprobs, backend=model.backend))
-    if targets is not None:
-        prompt_logprobs = _score(model, hidden, targets, top_logprobs or 0)
-    return StepOutput(tokens, usable, logprobs, prompt_logprobs, logits if keep_logits else None), cache
+    logprobs = None
+    if top is not None:
+        logprobs = Logprobs(*token_logprobs(logits, tokens, top=top, backend=model.backend))
+    return StepOutput(tokens, usable, logits, logprobs)
 
 
-def _score(model: DecoderLM, hidden, targets, top: int) -> Logprobs:
+def _score(graph, state, hidden, targets, *, top: int) -> Logprobs:
     """Logprobs of `targets` at every row, a block of rows at a time."""
+    model = nnx.merge(graph, state)
     count = hidden.shape[0]
     blocks = -(-count // SCORE_ROWS)
     pad = blocks * SCORE_ROWS - count
@@ -96,10 +124,3 @@ def _score(model: DecoderLM, hidden, targets, top: int) -> Logprobs:
 
     scored = lax.map(block, (hidden, targets))
     return jax.tree.map(lambda x: x.reshape(blocks * SCORE_ROWS, *x.shape[2:])[:count], scored)
-
-
-def _forward(graph, state, cache: KVCache, batch: Batch) -> tuple[jax.Array, KVCache]:
-    """float32 logits of every token of the step: what verification compares."""
-    model = nnx.merge(graph, state)
-    hidden, cache = model(batch, cache)
-    return model.logits(hidden), cache
