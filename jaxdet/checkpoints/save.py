@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jaxdet.checkpoints.base import Checkpoint
 from jaxdet.checkpoints.hf import INDEX
 from jaxdet.checkpoints.orbax import write_orbax
+from jaxdet.heap import freed_at_once
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -76,10 +77,11 @@ def save_checkpoint(
         (work / "config.json").write_text(json.dumps(config, indent=1))
         checkpoint.tokenizer().save(work)
         tensors = _converted(checkpoint, sizes, target, progress)
-        if format == "orbax":
-            write_orbax(work, tensors)
-        else:
-            _write_shards(work, tensors, sizes)
+        with freed_at_once():
+            if format == "orbax":
+                write_orbax(work, tensors)
+            else:
+                _write_shards(work, tensors, sizes)
         work.chmod(0o755)
         work.replace(dst)
     except BaseException:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxdet.heap import freed_at_once
 from jaxdet.models.gemma3 import Gemma3
 from jaxdet.models.layers import DecoderLM
 from jaxdet.models.llama import Llama
@@ -41,4 +42,5 @@ def build_model(
     family = family_of(config)
     shape = family.read_config(config)
     prefix = "language_model." if config["model_type"] == "gemma3" else ""
-    return family(Weights(source, jnp.dtype(dtype), backend, shape, prefix), shape, max_model_len)
+    with freed_at_once():
+        return family(Weights(source, jnp.dtype(dtype), backend, shape, prefix), shape, max_model_len)
