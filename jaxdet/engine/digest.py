@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped, UInt32
 
+BLOCK = 2**20
+"""Elements mixed at once: all of an embedding's would take twice its memory."""
+
 
 def weights_digest(state) -> str:
     """Digest over names, shapes, dtypes and every bit of a tree of arrays; reads them where they are.
@@ -24,13 +27,20 @@ def weights_digest(state) -> str:
 
 @jax.jit
 def _fingerprint(x: Shaped[Array, "..."]) -> UInt32[Array, " 2"]:
-    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    index, stride = jnp.zeros_like(bits), 1
-    for axis in reversed(range(x.ndim)):
-        index += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    mixed = [_mix(bits ^ _mix(index + jnp.uint32(lane))) for lane in (0x9E3779B9, 0x3C6EF372)]
-    return jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in mixed])
+    x = x.reshape(-1, x.shape[-1])
+    rows, width = x.shape
+    step = min(rows, max(1, BLOCK // width))
+
+    def add(i, sums):
+        start = jnp.minimum(i * step, rows - step)  # the last block reaches back over rows already counted
+        block = lax.dynamic_slice_in_dim(x, start, step)
+        bits = lax.bitcast_convert_type(block, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        row = start + lax.broadcasted_iota(jnp.int32, bits.shape, 0)
+        index = row.astype(jnp.uint32) * width + lax.broadcasted_iota(jnp.uint32, bits.shape, 1)
+        mixed = (_mix(bits ^ _mix(index + jnp.uint32(lane))) for lane in (0x9E3779B9, 0x3C6EF372))
+        return sums + jnp.stack([jnp.sum(jnp.where(row >= i * step, m, 0), dtype=jnp.uint32) for m in mixed])
+
+    return lax.fori_loop(0, -(-rows // step), add, jnp.zeros(2, jnp.uint32))
 
 
 def _mix(h):
