@@ -140,20 +140,46 @@ def test_any_number_of_query_heads_per_kv_head(heads):
     assert np.abs(found - float64_reference(seq, "plain")).max() < 2e-5
 
 
-def row_dependent(dim):
-    reason = (
-        "XLA's dot of probabilities and values has another order from 64 rows on unless 64 divides head_dim"
-    )
-    return pytest.param(dim, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
-
-
-@pytest.mark.parametrize("dim", [row_dependent(32), 64, row_dependent(80), 128, 256])
-def test_head_dims(dim):
-    dtype = jnp.dtype(jnp.float32)
-    seq, table = sequence(2, 4, dtype, dim), [1, 2, 3]
+@pytest.mark.parametrize(
+    ("dim", "heads", "dtype"),
+    [
+        (32, 4, "float32"),
+        (32, 32, "float16"),
+        (64, 32, "float32"),
+        (80, 4, "float32"),
+        (80, 4, "bfloat16"),
+        (80, 6, "float16"),
+        (96, 32, "float32"),
+        (128, 4, "bfloat16"),
+        (256, 4, "float32"),
+        (320, 4, "float32"),
+    ],
+)
+def test_head_dims(dim, heads, dtype):
+    """Tiles of 1…512 rows (32 queries × 16 heads of a KV head), below and above XLA's thresholds."""
+    dtype = jnp.dtype(dtype)
+    seq, table = sequence(2, heads, dtype, dim), [1, 2, 3]
     whole = prefill("plain", seq, table, dtype)
-    np.testing.assert_array_equal(prefill("plain", seq, table, dtype, 7), whole)
-    np.testing.assert_array_equal(decoded("plain", seq, table, dtype, EDGES), whole[EDGES])
+    np.testing.assert_array_equal(prefill("plain", seq, table, dtype, 100), whole)
+    found = decoded("plain", seq, table, dtype, EDGES[::3])
+    np.testing.assert_array_equal(found, whole[EDGES[::3]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_row_tiles_agree_too(dim, dtype, monkeypatch):
+    """The path of machines without proven row freedom."""
+    monkeypatch.setattr("pallas_kernels.attention.xla.rows_are_free", lambda: False)
+    run.cache_clear()
+    try:
+        dtype = jnp.dtype(dtype)
+        seq, table = sequence(3, 6, dtype, dim), [1, 2, 3]
+        whole = prefill("window_and_cap", seq, table, dtype)
+        np.testing.assert_array_equal(prefill("window_and_cap", seq, table, dtype, 100), whole)
+        found = decoded("window_and_cap", seq, table, dtype, EDGES[::2])
+        np.testing.assert_array_equal(found, whole[EDGES[::2]])
+    finally:
+        run.cache_clear()
 
 
 @pytest.mark.parametrize("variant", ["plain", "window_and_cap"])

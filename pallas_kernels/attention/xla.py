@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.backend import rows_are_free
-from pallas_kernels.numerics import ROW_TILE
+from pallas_kernels.numerics import COLUMN_BLOCK, ROW_TILE
 from pallas_kernels.reduce import pin, row_sum
 
 PREFILL_TILE = 32
+ROW_FREE_MAX_DIM = 256  # above 256 columns XLA splits a dot's k when rows are few
 
 
 def attention(
@@ -22,7 +23,7 @@ def attention(
     """See `op.attention`."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
-    free = rows_are_free()
+    free = rows_are_free() and dim <= ROW_FREE_MAX_DIM
     tile = min(max_query_len, PREFILL_TILE) if free else ROW_TILE
     sequences = seq_lens.shape[0]
     if max_query_len == 1:
@@ -79,6 +80,7 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
     count, kv_heads, rows, dim = q.shape
     page = k_pages.shape[2]
     padded = max(rows, 2)
+    columns = -(-dim // COLUMN_BLOCK) * COLUMN_BLOCK
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
     positions = jnp.pad(positions, ((0, 0), (0, padded - rows)), constant_values=-1)
     last = jnp.max(positions, axis=1)
@@ -93,6 +95,8 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
         numbers = lax.dynamic_index_in_dim(tables, index, axis=1, keepdims=False)
         keys = k_pages.at[numbers].get(mode="promise_in_bounds")
         values = v_pages.at[numbers].get(mode="promise_in_bounds")
+        # From about 50 rows on XLA sums k in several accumulators unless the columns are a multiple of 64.
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, columns - dim)))
         at = index * page + jnp.arange(page)
         # Keys and values past the sequence may be anything, NaN included: 0 · NaN must not happen.
         live = (at[None] <= last[:, None])[:, None, :, None]
@@ -119,10 +123,10 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
     start = (
         jnp.full((count, kv_heads, padded, 1), jnp.finfo(jnp.float32).min),
         jnp.zeros((count, kv_heads, padded, 1)),
-        jnp.zeros((count, kv_heads, padded, dim)),
+        jnp.zeros((count, kv_heads, padded, columns)),
     )
     _, total, out = lax.fori_loop(begin, pages, segment, start)
-    return pin(out / jnp.where(total == 0, 1.0, total))[:, :, :rows]
+    return pin(out / jnp.where(total == 0, 1.0, total))[:, :, :rows, :dim]
 
 
 def _dot_f32(a, b, dims):
