@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import tokenizers
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
@@ -110,7 +111,7 @@ class Tokenizer:
             raise ValueError(
                 "messages need a chat template and this model has none; use generate with a prompt"
             )
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
@@ -125,7 +126,7 @@ class Tokenizer:
                 eos_token=self.eos_token or "",
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template can divide by zero, too
             raise ValueError(f"messages do not fit the chat template: {_first_line(error)}") from None
 
     def save(self, folder: Path) -> None:
@@ -140,6 +141,13 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
         generation = {"bos_token_id": self.bos_token_id, "eos_token_id": list(self.eos_token_ids)}
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja's sandbox, which would print nothing for an attribute it withholds; here the template fails."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        raise SecurityError(f"attribute {attribute!r} of a {type(obj).__name__} is out of bounds")
 
 
 class DecodeStream:
