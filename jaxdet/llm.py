@@ -172,8 +172,15 @@ class LLM:
         prompts = [self.chat_prompt(c, **template) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def user_prompt(self, text: str) -> Prompt:
+        """The prompt of one user message: through the chat template if the model has one, else the text itself."""
+        return self.chat_prompt([{"role": "user", "content": text}]) if self.tokenizer.chat_template else text
+
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> dict[str, Any]:
         """The prompt that `chat` would run: {"prompt": text, "prompt_token_ids": ids}."""
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ValueError(f'messages holds {message!r}; use {{"role": "user", "content": "…"}}')
         text = self.tokenizer.apply_chat_template(messages, **template)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 

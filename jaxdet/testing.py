@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What each family's config changes in COMMON."""
 
 
-def write_tiny_model(folder: str | Path, family: str = "llama", *, seed: int = 0) -> Path:
+def write_tiny_model(folder: str | Path, family: str = "llama", *, seed: int = 0, **config: Any) -> Path:
     """Writes a Hugging Face folder with 2 layers, 259 tokens and float32 weights that every machine gets alike.
 
     The head favours printable ASCII, so that completions are text.
@@ -58,13 +58,14 @@ def write_tiny_model(folder: str | Path, family: str = "llama", *, seed: int = 0
         folder: must not exist yet.
         family: one of `FAMILIES`.
         seed: which random weights.
+        config: what else to change in config.json, such as hidden_size=576.
 
     Returns:
         The folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
-    config = {"model_type": family} | COMMON | FAMILIES[family]
+    config = {"model_type": family} | COMMON | FAMILIES[family] | config
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(_tensors(config, seed), folder / "model.safetensors")
     byte_tokenizer().save(folder)

@@ -1,0 +1,470 @@
+"""A request's tokens, log-probabilities and logits are the same bits alone and in any company, path and place."""
+
+import copy
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels.matmul.xla as matmul_xla
+from jaxdet.checkpoints import open_checkpoint
+from jaxdet.engine.digest import weights_digest
+from jaxdet.engine.engine import Engine
+from jaxdet.engine.step import Step
+from jaxdet.models.registry import build_model
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.testing import FAMILIES, VOCAB_SIZE, write_tiny_model
+
+MAX_LEN, PAGES, EOS = 384, 33, 256
+DEFAULTS = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": MAX_LEN, "num_pages": PAGES}
+
+
+class Request(NamedTuple):
+    prompt: list[int]
+    params: SamplingParams
+
+
+class Answer(NamedTuple):
+    """What must not change by a bit."""
+
+    tokens: np.ndarray
+    logits: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str | None
+
+
+@functools.cache
+def model_of(folder, family, dtype, **config):
+    name = "-".join([family, dtype.__name__, *map(str, config.values())])
+    checkpoint = open_checkpoint(write_tiny_model(folder / name, family, **config))
+    return build_model(checkpoint, checkpoint.config, dtype=dtype, backend="xla", max_model_len=2048)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return model_of(folder, "llama", jnp.float32)
+
+
+@functools.cache
+def compiled(model) -> Step:
+    """One set of compiled programs for all engines of a model."""
+    return Step(model)
+
+
+def new_engine(model, **changes) -> Engine:
+    engine = Engine(model, salt="", eos_token_ids=[EOS], keep_logits=True, **(DEFAULTS | changes))
+    engine.step_fn = compiled(model)
+    return engine
+
+
+def tokens(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, length).tolist()
+
+
+def params(seed: int, **fields) -> SamplingParams:
+    """Of many kinds; all report logprobs and have a bias, so that one set of programs serves most tests."""
+    kinds = (
+        {"temperature": 0},
+        {"temperature": 0.8, "seed": seed},
+        {"temperature": 1.3, "top_p": 0.7, "seed": 2**40 + seed},
+        {"temperature": 1.0, "top_k": 7, "min_p": 0.02},
+        {"temperature": 0.9, "frequency_penalty": 0.8, "presence_penalty": 0.3, "seed": seed},
+        {"temperature": 0.7, "logit_bias": {97: 3.0, 98: -100.0}, "ignore_eos": True},
+    )
+    shared = {"max_tokens": 5 + seed % 7, "logprobs": 3, "logit_bias": {97: 0.5}}
+    return SamplingParams(**(shared | kinds[seed % len(kinds)] | fields))
+
+
+REQUESTS = [
+    Request(tokens(i, length), params(i))
+    for i, length in enumerate((1, 3, 31, 40, 100, 122, 127, 128, 129, 150, 255, 260))
+]
+
+
+def answer(sequence) -> Answer:
+    count = sequence.num_output
+    logits = np.stack(sequence.logits) if count else np.zeros((0, VOCAB_SIZE), np.float32)
+    logprobs = np.array([e[0] for e in sequence.logprobs], np.float32)
+    return Answer(np.array(sequence.output, np.int64), logits, logprobs, sequence.finish_reason)
+
+
+def run(engine, requests) -> list[list[Answer]]:
+    """All requests at once; the answers of each. No page may be lost."""
+    queued = [engine.add(*request) for request in requests]
+    finish(engine)
+    return [[answer(s) for s in sequences] for sequences in queued]
+
+
+def finish(engine) -> None:
+    while engine.has_work:
+        engine.step()
+    assert engine.pool.available == engine._num_pages - 1
+
+
+@functools.cache
+def _alone(model, index: int) -> list[Answer]:
+    return run(new_engine(model), [REQUESTS[index]])[0]
+
+
+def alone(model, indices=None) -> list[list[Answer]]:
+    """Each request in a fresh engine of its own."""
+    return [_alone(model, i) for i in (range(len(REQUESTS)) if indices is None else indices)]
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
+
+
+def differing(found: list[list[Answer]], expected: list[list[Answer]]) -> int:
+    """How many values differ in their bits."""
+    count = 0
+    for mine, theirs in zip(found, expected, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            count += a.finish_reason != b.finish_reason
+            for x, y in zip(a[:3], b[:3], strict=True):
+                count += x.size if x.shape != y.shape else np.count_nonzero(bits(x) != bits(y))
+    return int(count)
+
+
+def fill_cache(engine, value: float, pages=slice(None)) -> None:
+    engine._cache = [tuple(x.at[pages].set(value) for x in layer) for layer in engine._cache]
+
+
+def test_mixed_batch(model):
+    assert differing(run(new_engine(model), REQUESTS), alone(model)) == 0
+    assert differing(run(new_engine(model), REQUESTS[::-1]), alone(model)[::-1]) == 0
+
+
+def churn(model, requests, expected, rng, **config) -> None:
+    """Requests join at random steps, some are aborted at random ones, and pages are short."""
+    engine = new_engine(model, **config)
+    kept = [engine.pool.allocate() for _ in range(engine.pool.available - 9)]
+    waiting, live = list(enumerate(requests)), {}
+    while waiting or engine.has_work:
+        for _ in range(int(rng.integers(0, 4))):
+            if waiting:
+                index, request = waiting.pop(0)
+                live[index] = engine.add(*request)
+        engine.step()
+        if rng.random() < 0.05 and live:
+            engine.abort(live[rng.choice(list(live))][0])
+    engine.pool.release(kept)
+    assert engine.pool.available == engine._num_pages - 1
+    aborted = 0
+    for index, sequences in live.items():
+        for sequence, reference in zip(sequences, expected[index], strict=True):
+            found, n = answer(sequence), sequence.num_output
+            aborted += found.finish_reason == "abort"
+            if found.finish_reason == "abort":
+                reference = Answer(*(field[:n] for field in reference[:3]), "abort")
+            assert differing([[found]], [[reference]]) == 0, index
+    assert engine.scheduler.preemptions, "pages were not short"
+
+
+def test_joining_leaving_and_preemption(model):
+    churn(model, REQUESTS * 2, alone(model) * 2, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("budget", [1, 48, 512])
+def test_chunk_sizes(model, budget):
+    some = (4, 11)
+    engine = new_engine(model, max_num_batched_tokens=budget)
+    found = [run(engine, [REQUESTS[i]])[0] for i in some]
+    assert differing(found, alone(model, some)) == 0
+
+
+def test_chunked_prefill_off(model):
+    engine = new_engine(model, max_num_batched_tokens=512, enable_chunked_prefill=False)
+    some = (4, 11)
+    assert differing([run(engine, [REQUESTS[i]])[0] for i in some], alone(model, some)) == 0
+
+
+def test_prefix_cache_hit(model):
+    """The same prompt again, and another prompt that shares two pages with it."""
+    engine = new_engine(model)
+    index = len(REQUESTS) - 1
+    other = Request([*REQUESTS[index].prompt[:257], 5, 6, 7], params(2))
+    expected = [*alone(model, [index]), run(new_engine(model, enable_prefix_caching=False), [other])[0]]
+    for request, reference, cached in ((REQUESTS[index], expected[0], 0), (other, expected[1], 256)):
+        for hit in (cached, 256):
+            (sequence,) = engine.add(*request)
+            finish(engine)
+            assert sequence.cached == hit
+            assert differing([[answer(sequence)]], [reference]) == 0
+
+
+def test_preemption(model):
+    engine = new_engine(model)
+    taken = [engine.pool.allocate() for _ in range(PAGES - 1 - 4)]
+    some = (5, 6, 7, 6, 5)
+    queued = [engine.add(*REQUESTS[i]) for i in some]
+    while engine.has_work:
+        engine.step()
+    engine.pool.release(taken)
+    assert engine.scheduler.preemptions
+    assert differing([[answer(s) for s in group] for group in queued], alone(model, some)) == 0
+
+
+def test_fragmented_pages(model):
+    """Pages in another order than ever in a fresh engine."""
+    engine = new_engine(model)
+    order = np.random.default_rng(1).permutation(list(engine.pool._free)).tolist()
+    engine.pool._free = type(engine.pool._free)((page, None) for page in order)
+    assert differing(run(engine, REQUESTS), alone(model)) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_old_contents_of_pages(model, value):
+    engine = new_engine(model)
+    fill_cache(engine, value)
+    assert differing(run(engine, REQUESTS), alone(model)) == 0
+
+
+def test_poisoned_neighbour(model):
+    """A sequence whose cache turns to NaN ends with "error", alone; its pages serve the next as if nothing were."""
+    engine = new_engine(model)
+    some = (5, 7, 8)
+    victim = engine.add(REQUESTS[10].prompt, params(1, max_tokens=20))[0]
+    others = [engine.add(*REQUESTS[i]) for i in some]
+    while not victim.num_output:
+        engine.step()
+    pages = list(victim.pages)
+    fill_cache(engine, np.nan, np.array(pages))
+    finish(engine)
+    assert victim.finish_reason == "error" and len(victim.logprobs) == victim.num_output
+    assert differing([[answer(s) for s in group] for group in others], alone(model, some)) == 0
+    engine.pool._free = type(engine.pool._free)(
+        (p, None) for p in (*pages, *(q for q in engine.pool._free if q not in pages))
+    )
+    (again,) = engine.add(*REQUESTS[10])
+    finish(engine)
+    assert again.cached == 0, "a poisoned page was found by its prefix"
+    assert differing([[answer(again)]], alone(model, [10])) == 0
+
+
+def test_shapes_of_the_engine(model):
+    """Other limits mean other compiled shapes."""
+    some = (1, 8)
+    wide = new_engine(model, max_model_len=2048, max_num_seqs=3, num_pages=50)
+    assert differing(run(wide, [REQUESTS[i] for i in some]), alone(model, some)) == 0
+
+
+def test_compiled_variants(model):
+    """Asking for logprobs and a batch-mate's biases change the compiled program, not the bits."""
+    mine = Request(REQUESTS[2].prompt, SamplingParams(temperature=0.8, seed=3, max_tokens=6))
+    ((reference,),) = run(new_engine(model), [mine])
+    for logprobs, biases in ((None, 0), (None, 1), (20, 0), (20, 40)):
+        mate = SamplingParams(logit_bias=dict.fromkeys(range(biases), 1.0), logprobs=logprobs, max_tokens=6)
+        (found,), _ = run(new_engine(model), [mine, Request([1, 2, 3], mate)])
+        assert differing([[found]], [[reference]]) == 0
+
+
+def test_logits_kept_or_not(model):
+    engine = new_engine(model)
+    engine.keep_logits = False
+    (sequence,) = engine.add(*REQUESTS[3])
+    finish(engine)
+    reference = alone(model, [3])[0][0]
+    assert not sequence.logits and sequence.output == reference.tokens.tolist()
+    assert [e[0] for e in sequence.logprobs] == reference.logprobs.tolist()
+
+
+def test_samples_of_one_request(model):
+    """n samples differ, finish apart, and do not depend on how many there are."""
+    p = params(1, max_tokens=24, stop_token_ids=list(range(60, 75)))
+    several = run(new_engine(model), [Request([7, 8, 9], SamplingParams(**vars(p) | {"n": 4}))])[0]
+    assert len({tuple(a.tokens) for a in several}) == 4
+    assert len({len(a.tokens) for a in several}) > 1
+    again = run(new_engine(model), [*REQUESTS[:3], Request([7, 8, 9], SamplingParams(**vars(p) | {"n": 2}))])[
+        -1
+    ]
+    one = run(new_engine(model), [Request([7, 8, 9], p)])[0]
+    assert differing([again], [several[:2]]) == 0
+    assert differing([one], [several[:1]]) == 0
+
+
+def test_score_equals_sampler(model):
+    """Scoring prompt and output gives the sampler's logprobs, whatever else runs and however it is chunked."""
+    for budget, company in ((32, []), (32, REQUESTS[:6]), (1, [])):
+        engine = new_engine(model, max_num_batched_tokens=budget)
+        some = (1, 6, 9) if budget > 1 else (1,)
+        scored = [
+            engine.add_score([*REQUESTS[i].prompt, *alone(model, [i])[0][0].tokens.tolist()]) for i in some
+        ]
+        for request in company:
+            engine.add(*request)
+        finish(engine)
+        for sequence, i in zip(scored, some, strict=True):
+            assert sequence.num_output == 0 and sequence.finish_reason == "length"
+            assert len(sequence.prompt_logprobs) == len(sequence.prompt) - 1
+            sampled = alone(model, [i])[0][0].logprobs
+            found = np.array([e[0] for e in sequence.prompt_logprobs[-len(sampled) :]], np.float32)
+            np.testing.assert_array_equal(bits(found), bits(sampled))
+
+
+def test_prompt_logprobs(model):
+    """The same as score's, also for a prompt that is in the prefix cache, and after a preemption."""
+    engine = new_engine(model)
+    prompt = REQUESTS[11].prompt
+    scored = engine.add_score(prompt)
+    finish(engine)
+    first = np.array([e[0] for e in scored.prompt_logprobs], np.float32)
+    for p in (params(0, prompt_logprobs=0), params(1, prompt_logprobs=20)):
+        (sequence,) = engine.add(prompt, p)
+        finish(engine)
+        found = np.array([e[0] for e in sequence.prompt_logprobs], np.float32)
+        np.testing.assert_array_equal(bits(found), bits(first))
+        assert all(len(e[2]) == p.prompt_logprobs for e in sequence.prompt_logprobs)
+
+
+def test_whole_context_is_used_and_scored(model):
+    engine = new_engine(model)
+    (sequence,) = engine.add(tokens(9, MAX_LEN - 3), params(0, max_tokens=None, ignore_eos=True))
+    finish(engine)
+    assert len(sequence.tokens) == MAX_LEN and sequence.finish_reason == "length"
+    scored = engine.add_score(sequence.tokens)
+    finish(engine)
+    assert [e[0] for e in scored.prompt_logprobs[-3:]] == [e[0] for e in sequence.logprobs]
+
+
+def test_abort_anywhere(model):
+    """While waiting, between chunks, while decoding, and after the end."""
+    engine = new_engine(model, max_num_seqs=2)
+    queued = [engine.add(*REQUESTS[i])[0] for i in (4, 10, 2, 3, 1)]
+    engine.abort(queued[3])
+    engine.step()
+    engine.abort(queued[1])
+    while not queued[0].num_output:
+        engine.step()
+    engine.abort(queued[0])
+    finish(engine)
+    engine.abort(queued[2])
+    assert [s.finish_reason for s in queued] == ["abort", "abort", "length", "abort", "length"]
+    assert differing([[answer(queued[2])], [answer(queued[4])]], alone(model, (2, 1))) == 0
+
+
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_failed_step_leaves_a_clean_engine(model, at):
+    engine = new_engine(model)
+    queued = [engine.add(*request) for request in REQUESTS[:6]]
+    for _ in range(at):
+        engine.step()
+    working = engine.step_fn
+
+    def fail(cache, *args, **flags):
+        jax.tree.map(lambda x: x.delete(), cache)  # as a step does that took the donated cache and failed
+        raise RuntimeError("out of memory")
+
+    engine.step_fn = copy.copy(working)
+    engine.step_fn.run = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step()
+    engine.step_fn = working
+    finish(engine)
+    assert differing([[answer(s) for s in group] for group in queued], alone(model, range(6))) == 0
+
+
+def test_interrupted_bookkeeping(model, monkeypatch):
+    """An exception after some sequences took their tokens and before others did."""
+    engine = new_engine(model)
+    queued = [engine.add(*request) for request in REQUESTS[1:5]]
+    while not all(group[0].num_output for group in queued):
+        engine.step()
+    victim, append = queued[2][0], type(queued[2][0]).append
+
+    def interrupted(self, token):
+        if self is victim:
+            raise KeyboardInterrupt
+        append(self, token)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(victim), "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    finish(engine)
+    assert differing([[answer(s) for s in group] for group in queued], alone(model, range(1, 5))) == 0
+
+
+def test_nobody_starves(model):
+    """A decoding sequence goes on while new prompts keep coming."""
+    engine = new_engine(model, max_num_seqs=4)
+    (first,) = engine.add([1, 2], params(0, max_tokens=30, ignore_eos=True))
+    for step in range(400):
+        if len(engine.scheduler.waiting) < 4:
+            engine.add(tokens(step, 40), params(1, max_tokens=2))
+        engine.step()
+        if first.finish_reason:
+            break
+    assert first.finish_reason == "length"
+
+
+def test_prefix_hash_has_the_weights(model, folder):
+    """The digest of the weights sees one flipped bit, a swap and another dtype."""
+    state = compiled(model).state
+    digest = weights_digest(state)
+    assert digest == weights_digest(jax.tree.map(lambda x: x.copy(), state))
+    leaves, tree = jax.tree.flatten(state)
+    for place in (0, len(leaves) - 1):
+        flat = np.asarray(leaves[place]).copy()
+        flat.reshape(-1).view(np.uint32)[-1] ^= 1
+        changed = list(leaves)
+        changed[place] = jnp.asarray(flat)
+        assert weights_digest(jax.tree.unflatten(tree, changed)) != digest
+    twisted = [leaves[0][..., ::-1], *leaves[1:]]
+    assert weights_digest(jax.tree.unflatten(tree, twisted)) != digest
+    assert weights_digest(compiled(model_of(folder, "llama", jnp.bfloat16)).state) != digest
+
+
+def test_control_one_weight_bit(model):
+    """Negative control: the comparison sees the lowest bits of one weight matrix change."""
+    engine = new_engine(model)
+    step = copy.copy(compiled(model))
+    leaves, tree = jax.tree.flatten(step.state)
+    place = next(i for i, x in enumerate(leaves) if x.ndim == 4)
+    flipped = jax.lax.bitcast_convert_type(leaves[place], jnp.uint32) ^ 1
+    leaves[place] = jax.lax.bitcast_convert_type(flipped, jnp.float32)
+    step.state = jax.tree.unflatten(tree, leaves)
+    engine.step_fn = step
+    assert differing([run(engine, [REQUESTS[4]])[0]], alone(model, [4])) > 0
+
+
+def test_control_plain_matmul(folder, monkeypatch):
+    """Negative control: with `jnp.dot` in the place of our product, company shows."""
+    model = model_of(folder, "llama", jnp.float32, hidden_size=576, num_hidden_layers=1)
+
+    def plain(x, w, n):
+        if matmul_xla.rows_are_free():
+            w = matmul_xla.unpack(w, x.shape[1], n)
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)[:, :n]
+
+    for dot, harmless in ((matmul_xla.dot, True), (plain, False)):
+        monkeypatch.setattr(matmul_xla, "dot", dot)
+        step = Step(model)
+
+        def answers(requests, step=step):
+            engine = new_engine(model)
+            engine.step_fn = step
+            return run(engine, requests)
+
+        one = [answers([REQUESTS[i]])[0] for i in (2, 3)]
+        assert (differing(answers([REQUESTS[2], REQUESTS[3]]), one) == 0) is harmless
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_64_sequences_of_every_family(folder, family, dtype):
+    model = model_of(folder, family, dtype)
+    requests = [Request(tokens(i, 1 + (i * 37) % 290), params(i, max_tokens=4 + i % 13)) for i in range(80)]
+    expected = [run(new_engine(model), [request])[0] for request in requests]
+    config = {"max_num_seqs": 64, "max_num_batched_tokens": 256}
+    assert differing(run(new_engine(model, **config, num_pages=PAGES * 4), requests), expected) == 0
+    churn(model, requests, expected, np.random.default_rng(3), **config)
