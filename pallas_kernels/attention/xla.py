@@ -27,13 +27,14 @@ def attention(
     tile = min(max_query_len, PREFILL_TILE) if free else ROW_TILE
     sequences = seq_lens.shape[0]
     if max_query_len == 1:
-        seq, start = jnp.arange(sequences), jnp.zeros(sequences, jnp.int32)
+        seq, start = jnp.arange(sequences, dtype=jnp.int32), jnp.zeros(sequences, jnp.int32)
     else:
         seq, start = _tiles(query_start, tile, tokens // tile + sequences)
-    rows = query_start[seq][:, None] + start[:, None] + jnp.arange(tile)
+    offset = jnp.arange(tile, dtype=jnp.int32)
+    rows = query_start[seq][:, None] + start[:, None] + offset
     real = rows < query_start[seq + 1][:, None]
     first = seq_lens[seq] - (query_start[seq + 1] - query_start[seq]) + start
-    positions = jnp.where(real, first[:, None] + jnp.arange(tile), -1)
+    positions = jnp.where(real, first[:, None] + offset, -1)
     picked = q.at[jnp.minimum(rows, tokens - 1)].get(mode="promise_in_bounds")
     # [tiles, kv head, tile · group, D]: a kv head's queries are rows of one dot
     group = heads // kv_heads
@@ -61,7 +62,11 @@ def attention(
         return out.astype(q.dtype)
     # Back from tiles to rows: row t sits in its sequence's tile t // tile.
     target = jnp.where(real, rows, tokens).reshape(-1)
-    where = jnp.zeros(tokens + 1, jnp.int32).at[target].set(jnp.arange(target.shape[0]), mode="drop")
+    where = (
+        jnp.zeros(tokens + 1, jnp.int32)
+        .at[target]
+        .set(jnp.arange(target.shape[0], dtype=jnp.int32), mode="drop")
+    )
     return out.at[where[:tokens]].get(mode="promise_in_bounds").astype(q.dtype)
 
 
@@ -97,7 +102,7 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
         values = v_pages.at[numbers].get(mode="promise_in_bounds")
         # From about 50 rows on XLA sums k in several accumulators unless the columns are a multiple of 64.
         values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, columns - dim)))
-        at = index * page + jnp.arange(page)
+        at = index * page + jnp.arange(page, dtype=jnp.int32)
         # Keys and values past the sequence may be anything, NaN included: 0 · NaN must not happen.
         live = (at[None] <= last[:, None])[:, None, :, None]
         values = jnp.where(live, values, 0)
@@ -121,9 +126,9 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
         return pin(keep(new, best), keep(a + b, total), keep(c + d, out))
 
     start = (
-        jnp.full((count, kv_heads, padded, 1), jnp.finfo(jnp.float32).min),
-        jnp.zeros((count, kv_heads, padded, 1)),
-        jnp.zeros((count, kv_heads, padded, columns)),
+        jnp.full((count, kv_heads, padded, 1), jnp.finfo(jnp.float32).min, jnp.float32),
+        jnp.zeros((count, kv_heads, padded, 1), jnp.float32),
+        jnp.zeros((count, kv_heads, padded, columns), jnp.float32),
     )
     _, total, out = lax.fori_loop(begin, pages, segment, start)
     return pin(out / jnp.where(total == 0, 1.0, total))[:, :, :rows, :dim]
