@@ -14,7 +14,7 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
-VOCABULARY = ["<", "1", "<1", *(f"<{i}>" for i in range(285))]
+VOCABULARY = ["a", "b", "ab", *(f"<{i}>" for i in range(285))]
 
 
 def permute(value: np.ndarray, heads: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def add_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(VOCABULARY)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(VOCABULARY))
-    writer.add_token_merges(["< 1"])
+    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from gguf_files import add_vocabulary, convert, permute, save
 from test_models_reference import logits_of
 
-from jaxdet.checkpoints import gguf_reader, open_checkpoint
+from jaxdet.checkpoints import gguf_reader, open_checkpoint, save_checkpoint
 from jaxdet.checkpoints.gguf import QUANTISATIONS
 from jaxdet.models.registry import build_model, family_of
 
@@ -147,6 +147,18 @@ def test_logits_have_the_folders_bits_and_raw_rows_are_noticed(references: Path,
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
     raw = logits_of(convert(folder, tmp_path / "raw.gguf", raw_rows=True), ids, jnp.float32)
     assert np.abs(raw - expected).max() / np.abs(expected).max() > 0.01
+
+
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+@pytest.mark.parametrize("family", ["llama_rope_scaling", "gemma3_text"])
+def test_conversion_keeps_the_model(references: Path, tmp_path: Path, family: str, format: str):
+    """Weights, shape, rope factors, tokenizer and template."""
+    source = open_checkpoint(convert(references / family, tmp_path / "model.gguf"))
+    save_checkpoint(tmp_path / "copy", source, format=format, progress=False)
+    assert weights_and_shape(tmp_path / "copy") == weights_and_shape(tmp_path / "model.gguf")
+    old, new = source.tokenizer(), open_checkpoint(tmp_path / "copy").tokenizer()
+    assert new.encode("abab") == old.encode("abab") == [2, 2]
+    assert (new.bos_token_id, new.eos_token_ids) == (old.bos_token_id, old.eos_token_ids) == (1, (2,))
 
 
 def test_permuted_rows_come_back():

@@ -34,5 +34,6 @@ def fetch_from_hub(model_id: str) -> Path:
         raise OSError(
             f"{name} is not in the cache and the hub can't be reached; check the network or HF_ENDPOINT"
         ) from None
-    except OSError as error:
-        raise OSError(f"fetching {name} failed ({str(error).splitlines()[0]}); run again to resume") from None
+    except Exception as error:  # the HTTP library's own errors are no OSErrors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"fetching {name} failed ({reason}); run again to resume") from None

@@ -1,9 +1,9 @@
 """Orbax directories: every tensor under its Hugging Face name, with config and tokenizer beside them."""
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ class OrbaxCheckpoint(Checkpoint):
                 name: TensorInfo(tuple(map(int, entry["shape"])), np.dtype(jax.numpy.dtype(entry["dtype"])))
                 for name, entry in manifest.items()
             }
+            self._checksums = {name: int(entry["crc32"]) for name, entry in manifest.items()}
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(f"{folder / MANIFEST} is damaged; convert the model again") from None
         if missing := [name for name in self.tensors if not (folder / ARRAYS / name / "_METADATA").exists()]:
@@ -57,22 +58,30 @@ class OrbaxCheckpoint(Checkpoint):
 
     def _restore(self, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         try:
-            return self._handler.restore(self.folder / ARRAYS / name, {"value": target})["value"]
+            value = self._handler.restore(self.folder / ARRAYS / name, {"value": target})["value"]
+            # Orbax itself notices a damaged index, but not a flipped byte among the values.
+            if value.is_fully_addressable and _checksum(np.asarray(value)) != self._checksums[name]:
+                raise ValueError("wrong checksum")
         except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
             raise ValueError(
                 f"{self.folder}: tensor {name!r} is damaged ({_reason(error)}); convert the model again"
             ) from None
+        return value
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder)
 
 
-def write_orbax(folder: Path, tensors: Iterable[tuple[str, Any]]) -> None:
+def write_orbax(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes tensors one at a time, each as its own Orbax checkpoint, and the manifest that names them."""
     manifest = {}
     with ocp.StandardCheckpointer() as handler:
         for name, value in tensors:
-            manifest[name] = {"shape": list(value.shape), "dtype": str(value.dtype)}
+            manifest[name] = {
+                "shape": list(value.shape),
+                "dtype": str(value.dtype),
+                "crc32": _checksum(value),
+            }
             try:
                 handler.save(folder.absolute() / ARRAYS / name, {"value": jax.numpy.asarray(value)})
                 handler.wait_until_finished()
@@ -81,6 +90,10 @@ def write_orbax(folder: Path, tensors: Iterable[tuple[str, Any]]) -> None:
                     f"writing {name} failed ({_reason(error)}); free some disk space and run again"
                 ) from None
     (folder / MANIFEST).write_text(json.dumps({"tensors": manifest}, indent=1))
+
+
+def _checksum(value: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)
 
 
 def _reason(error: Exception) -> str:

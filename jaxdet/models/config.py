@@ -17,6 +17,11 @@ ACTIVATIONS: dict[str, Activation] = {
 MAX_COUNT = 2**24
 """No model's vocabulary, width or context is longer; a damaged file's count must not fill the memory."""
 
+ROPE_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -110,7 +115,10 @@ def _positive(key: str, value: Any) -> float:
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The rope settings in one dictionary, from transformers 5 (`rope_parameters`) or before (`rope_scaling`)."""
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config.json: rope_parameters={given!r} must be an object; fetch the model again")
+    scaling = dict(given)
     scaling["rope_type"] = scaling.get("rope_type") or scaling.pop("type", None) or "default"
     scaling.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     _positive("rope_theta", scaling["rope_theta"])
@@ -126,6 +134,10 @@ def inverse_frequencies(settings: dict[str, Any], head_dim: int) -> np.ndarray:
     Raises:
         ValueError: any other rope type, by name.
     """
+    for field in ROPE_FIELDS.get(settings["rope_type"], ()):
+        if field not in settings:
+            raise ValueError(f"config.json: rope_type {settings['rope_type']!r} needs {field!r}")
+        _positive(field, settings[field])
     frequencies = settings["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     match settings["rope_type"]:
         case "default":
