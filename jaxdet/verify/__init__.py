@@ -1,0 +1,53 @@
+"""Certifies a machine: computes the same values in many ways and compares every bit."""
+
+import itertools
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxdet.baseline import Baseline
+from jaxdet.checkpoints import open_checkpoint
+from jaxdet.llm import LLM
+from jaxdet.verify.cases import request_cases, restart_case, step_cases
+from jaxdet.verify.control import control_cases
+from jaxdet.verify.probe import POOL, Probe
+from jaxdet.verify.report import Case, Report, environment
+from jaxdet.verify.restart import reference_digest
+
+__all__ = ["Case", "Report", "verify"]
+
+LENGTH = 200
+"""Tokens of the reference sequence: more than a page, no multiple of anything."""
+MODEL_LEN = 256
+
+
+def verify(
+    model: str | Path, *, dtype: str = "auto", backend: str | None = None, progress: bool = True
+) -> Report:
+    """Runs every case of promises I1–I4 on this machine, and the same through plain jitted JAX.
+
+    Args:
+        model: as for `LLM`; its context must hold 256 tokens.
+        dtype, backend: as for `LLM`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError, FileNotFoundError: the model can't be loaded, see `LLM`.
+    """
+    llm = LLM(model, dtype=dtype, backend=backend, max_model_len=MODEL_LEN, num_pages=POOL, keep_logits=True)
+    probe = Probe(llm.engine.step_fn, LENGTH)
+    with tqdm(desc="Verifying", unit="case", total=17, disable=not progress) as bar:
+
+        def run(cases):
+            for case in cases:
+                bar.set_postfix_str(f"{case.promise} {case.name}")
+                bar.update()
+                yield case
+
+        digest = reference_digest(probe)
+        restart = (restart_case(str(model), llm.dtype, backend, LENGTH, digest) for _ in range(1))
+        cases = list(run(itertools.chain(step_cases(probe), request_cases(llm, probe.tokens), restart)))
+        plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)
+        control = list(run(control_cases(plain, probe.tokens)))
+    cases.sort(key=lambda case: case.promise)
+    return Report(llm.name, digest, cases, control, environment(llm.engine.step_fn.backend, llm.dtype))

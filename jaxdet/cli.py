@@ -1,0 +1,242 @@
+"""The `jaxdet` command."""
+
+import dataclasses
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jaxdet.checkpoints import open_checkpoint, save_checkpoint
+from jaxdet.checkpoints.demo import NAME as DEMO_MODEL
+from jaxdet.demo import run_demo
+from jaxdet.llm import LLM
+from jaxdet.models.registry import family_of
+from jaxdet.outputs import RequestOutput
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.verify import verify as run_verify
+from jaxdet.verify.report import environment
+from pallas_kernels.backend import resolve
+
+app = typer.Typer(
+    help="Deterministic LLM inference in JAX: the same prompt, weights and seed give the same bits.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class Format(enum.StrEnum):
+    orbax = "orbax"
+    safetensors = "safetensors"
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help=f"{DEMO_MODEL}, a folder, a .gguf file or a hub id.")
+]
+ModelArgument = Annotated[str, typer.Argument(help=f"{DEMO_MODEL}, a folder, a .gguf file or a hub id.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Backend = Annotated[str | None, typer.Option(help="Kernels; the device's own by default.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of each answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the most likely tokens that make up this probability.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely one.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same answer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; standard input without any.")] = None,
+    model: Model = DEMO_MODEL,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+    n: Annotated[int, typer.Option("-n", help="Answers for each prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer at this text; may be repeated.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: the most likely tokens to report.")
+    ] = None,
+    dtype: Dtype = "auto",
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Answers prompts (through the model's chat template, if it has one)."""
+    texts = prompts or [sys.stdin.read().strip()]
+    params = SamplingParams(
+        n=n,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or (),
+        logprobs=logprobs,
+    )
+    llm = LLM(model, dtype=dtype, backend=backend)
+    requests = [llm.user_prompt(text) for text in texts]
+    if as_json:
+        for output in llm.generate(requests, params):
+            typer.echo(json.dumps(_as_dict(output), ensure_ascii=False))
+    elif len(requests) == n == 1:
+        _stream(llm, requests[0], params)
+    else:
+        for text, output in zip(texts, llm.generate(requests, params), strict=True):
+            for completion in output.outputs:
+                typer.secho(f"> {text}", bold=True)
+                typer.echo(completion.text.strip() + "\n")
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(help=f"{DEMO_MODEL}, a folder, a .gguf file or a hub id.")
+    ] = DEMO_MODEL,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """A conversation: one line, one turn; the end of input ends it."""
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+    )
+    llm = LLM(model, dtype=dtype, backend=backend)
+    messages = [{"role": "system", "content": system}] if system else []
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            typer.secho("> ", bold=True, nl=False)
+        if not (line := sys.stdin.readline()):
+            break
+        if not (text := line.strip()):
+            continue
+        messages.append({"role": "user", "content": text})
+        if as_json:
+            (output,) = llm.chat(messages, params, use_tqdm=False)
+            typer.echo(json.dumps(_as_dict(output), ensure_ascii=False))
+            answer = output.outputs[0].text
+        else:
+            answer = _stream(llm, llm.chat_prompt(messages), params)
+        messages.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(help="Model to read: as for --model elsewhere.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    format: Annotated[Format, typer.Option(help="What to write.")] = Format.safetensors,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")
+    ] = None,
+) -> None:
+    """Writes a model as Orbax or safetensors, tokenizer included."""
+    save_checkpoint(dst, open_checkpoint(src), format=format.value, dtype=dtype)
+    typer.echo(f"wrote {dst}")
+
+
+@app.command()
+def verify(
+    model: ModelArgument = DEMO_MODEL,
+    output: Annotated[Path, typer.Option(help="JSON report.")] = Path("jaxdet-verify.json"),
+    dtype: Dtype = "auto",
+    backend: Backend = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON report instead of the table.")
+    ] = False,
+) -> None:
+    """Certifies this machine: computes the same values in many ways and compares every bit."""
+    if not output.parent.is_dir():
+        raise ValueError(f"output {output}: there is no folder {output.parent}; create it first")
+    report = run_verify(model, dtype=dtype, backend=backend)
+    report.write_json(output)
+    if as_json:
+        typer.echo(output.read_text())
+    else:
+        Console().print(report.render(), f"report: {output}")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="Model to describe; only the machine without one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine and a model are."""
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    facts: dict[str, Any] = environment(resolve(None), dtype)
+    if model is not None:
+        checkpoint = open_checkpoint(model)
+        config = family_of(checkpoint.config).read_config(checkpoint.config)
+        shapes = [t.shape for t in checkpoint.tensors.values()]
+        facts = {
+            "model": checkpoint.name,
+            "parameters": sum(_size(shape) for shape in shapes),
+            **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)},
+            **facts,
+        }
+    if as_json:
+        typer.echo(json.dumps(facts, default=str))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}", f"{value:,}" if name == "parameters" else str(value))
+    Console().print(table)
+
+
+@app.command()
+def demo() -> None:
+    """Answers a few prompts with SmolLM2-135M and proves that the bits do not move."""
+    if not run_demo(Console()):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs the command; what goes wrong is said in one line."""
+    try:
+        app()
+    except (ValueError, OSError, NotImplementedError) as error:
+        typer.secho(f"jaxdet: {' '.join(str(error).split())}", fg="red", err=True)
+        sys.exit(1)
+
+
+def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> str:
+    shown = ""
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text
+        typer.echo(text[len(shown) :], nl=False)
+        shown = text
+    typer.echo()
+    return shown
+
+
+def _as_dict(output: RequestOutput) -> dict[str, Any]:
+    return dataclasses.asdict(output)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size

@@ -1,0 +1,47 @@
+"""The negative control: the same cases through plain jitted JAX, which is free to fail them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxdet.baseline import Baseline
+from jaxdet.verify.cases import BATCHES, CHUNKS, NAMES
+from jaxdet.verify.probe import PREFILL_SEQS
+from jaxdet.verify.report import Case
+
+
+def control_cases(plain: Baseline, tokens: list[int], seed: int = 0) -> Iterator[Case]:
+    """Each case compares with the sequence alone; neighbours are random sequences, no hostile contents needed."""
+    rng = np.random.default_rng(seed)
+    whole = plain.logits(tokens)
+    length, vocab = len(tokens), plain.config.vocab_size
+
+    case = Case("I1", NAMES["decode"])
+    expected = None
+    for size in BATCHES:
+        batch = rng.integers(0, vocab, (size, length)).astype(np.int32)
+        batch[::2] = tokens
+        start = np.zeros(size, np.int32)
+        _, cache = plain.forward(plain.params, plain.new_cache(size), batch[:, :-1], start, start)
+        logits, _ = plain.forward(plain.params, cache, batch[:, -1:], start + length - 1)
+        mine = np.asarray(logits)[::2, 0]
+        expected = mine[0] if expected is None else expected
+        case.compare(mine, np.broadcast_to(expected, mine.shape))
+    yield case
+
+    case = Case("I1", NAMES["ragged"])
+    batch = rng.integers(0, vocab, (PREFILL_SEQS, length)).astype(np.int32)
+    batch[3] = tokens
+    start = np.zeros(PREFILL_SEQS, np.int32)
+    logits, _ = plain.forward(plain.params, plain.new_cache(PREFILL_SEQS), batch, start, every=True)
+    case.compare(np.asarray(logits)[3], whole)
+    yield case
+
+    case = Case("I2", NAMES["chunks"])
+    for chunk in CHUNKS[1:]:
+        case.compare(plain.logits(tokens, chunk=chunk), whole)
+    yield case
+
+    case = Case("I2", NAMES["one_by_one"])
+    case.compare(plain.logits(tokens, chunk=1), whole)
+    yield case

@@ -1,0 +1,115 @@
+"""Runs the model's step on chosen rows, pages and cache contents, and returns every logit."""
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdet.engine.batch import model_batch
+from jaxdet.engine.sequence import Sequence
+from jaxdet.engine.step import Step
+from jaxdet.models.layers import KVCache
+from jaxdet.sampling_params import SamplingParams
+from pallas_kernels.numerics import PAGE_SIZE
+
+MAX_SEQS, MAX_TOKENS, PREFILL_SEQS = 64, 512, 8
+POOL = 24
+HOSTILE_PAGES = 4
+"""Pages that neighbours read; their contents come from `NEIGHBOURS`."""
+NEIGHBOURS = {"random": None, "NaN": np.nan, "inf": np.inf, "1e30": 1e30}
+
+
+class Row(NamedTuple):
+    """Tokens `start` to `end` of a sequence; what is before them must be in `pages`."""
+
+    tokens: list[int]
+    start: int
+    end: int
+    pages: list[int]
+
+
+class Probe:
+    """One reference sequence of `length` random tokens and ways to compute its logits.
+
+    Args:
+        step: the model.
+        length: tokens of the reference sequence.
+        seed: of its tokens and of the neighbours'.
+    """
+
+    def __init__(self, step: Step, length: int, seed: int = 0):
+        self.step, self.rng = step, np.random.default_rng(seed)
+        vocab = step.config.vocab_size
+        self.tokens: list[int] = self.rng.integers(0, vocab, length).tolist()
+        self.table = -(-length // PAGE_SIZE)
+        self.hostile = list(range(POOL - HOSTILE_PAGES, POOL))
+        self.own = list(range(1, self.table + 1))
+
+    def cache(self, neighbour: str = "NaN") -> KVCache:
+        """A pool in which every page holds the neighbours' contents; the reference's own are written by `run`."""
+        value, c = NEIGHBOURS[neighbour], self.step.config
+        shape = (POOL, c.num_kv_heads, PAGE_SIZE, c.head_dim)
+        if value is None:
+            content = jnp.asarray(self.rng.standard_normal(shape), self.step.dtype)
+        else:
+            content = jnp.full(shape, value, self.step.dtype)
+        return [(content.copy(), content.copy()) for _ in range(c.num_layers)]
+
+    def stranger(self, count: int) -> Row:
+        """A neighbour with random tokens whose context is the hostile pages."""
+        most = min(len(self.tokens), HOSTILE_PAGES * PAGE_SIZE) - count
+        start = int(self.rng.integers(min(1, most), most + 1))
+        tokens = self.rng.integers(0, self.step.config.vocab_size, start + count).tolist()
+        return Row(tokens, start, start + count, self.hostile[: self.table])
+
+    def me(self, start: int, count: int, pages: list[int] | None = None) -> Row:
+        """Tokens of the reference sequence."""
+        return Row(self.tokens, start, start + count, pages or self.own)
+
+    def run(self, cache: KVCache, rows: Iterable[Row]) -> tuple[list[np.ndarray], KVCache]:
+        """float32 logits [tokens, V] of every row, and the cache with their keys and values."""
+        rows = list(rows)
+        counts = [row.end - row.start for row in rows]
+        work = list(zip(map(_sequence, rows), counts, strict=True))
+        batch = model_batch(
+            work,
+            max_prefill_seqs=PREFILL_SEQS,
+            max_num_seqs=MAX_SEQS,
+            max_tokens=MAX_TOKENS,
+            table=self.table,
+        )
+        logits, cache = self.step.forward(cache, batch)
+        ends = np.cumsum(counts)
+        return np.split(np.asarray(logits)[: ends[-1]], ends[:-1]), cache
+
+    def whole(self, cache: KVCache, chunk: int, pages: list[int] | None = None) -> tuple[np.ndarray, KVCache]:
+        """Logits [length, V] of the reference sequence, `chunk` tokens a step."""
+        parts = []
+        for at in range(0, len(self.tokens), chunk):
+            row = self.me(at, min(chunk, len(self.tokens) - at), pages)
+            (part,), cache = self.run(cache, [row])
+            parts.append(part)
+        return np.concatenate(parts), cache
+
+    @functools.cached_property
+    def reference(self) -> np.ndarray:
+        """Logits of one prefill of the sequence alone, in a clean pool."""
+        clean = jax.tree.map(jnp.zeros_like, self.cache())
+        return self.whole(clean, MAX_TOKENS)[0]
+
+
+def _sequence(row: Row) -> Sequence:
+    sequence = Sequence(
+        request_id="",
+        prompt=row.tokens[: row.end],
+        params=SamplingParams(),
+        sample_index=0,
+        seed=0,
+        max_tokens=1,
+        stop_ids=frozenset(),
+    )
+    sequence.pages, sequence.computed = row.pages, row.start
+    return sequence

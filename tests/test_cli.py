@@ -1,0 +1,106 @@
+"""The command: what it prints, what it reads, and one line for whatever goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxdet.testing import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    return {**os.environ, "JAXDET_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture
+def jaxdet(environment, tmp_path):
+    def run(*arguments: object, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [Path(sys.executable).parent / "jaxdet", *map(str, arguments)]
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, env=environment | variables, cwd=tmp_path
+        )
+
+    return run
+
+
+def test_generate(jaxdet, tiny):
+    first = jaxdet("generate", "-m", tiny, "Hello", "--max-tokens", 8)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip()
+    again = jaxdet("generate", "-m", tiny, "--max-tokens", 8, stdin="Hello\n")
+    assert again.stdout == first.stdout
+
+
+def test_generate_json(jaxdet, tiny):
+    options = ("--max-tokens", 4, "--temperature", 1, "--seed", 3, "-n", 2, "--logprobs", 2, "--json")
+    done = jaxdet("generate", "-m", tiny, "one", "two", *options)
+    outputs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(outputs) == 2
+    for output in outputs:
+        assert [o["index"] for o in output["outputs"]] == [0, 1]
+        assert all(len(o["token_ids"]) == len(o["logprobs"]) for o in output["outputs"])
+    assert jaxdet("generate", "-m", tiny, "two", *options).stdout.splitlines() != []
+
+
+def test_chat_keeps_the_conversation(jaxdet, tiny):
+    done = jaxdet("chat", tiny, "--max-tokens", 4, "--json", stdin="Hi\n\nAnd you?\n")
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert first["prompt"] in second["prompt"]
+    assert "And you?" in second["prompt"]
+    plain = jaxdet("chat", tiny, "--max-tokens", 4, stdin="Hi\nAnd you?\n")
+    answers = [first["outputs"][0]["text"], second["outputs"][0]["text"]]
+    assert plain.stdout.splitlines() == [line for a in answers for line in (a.splitlines() or [""])]
+
+
+@pytest.mark.parametrize("format", ["orbax", "safetensors"])
+def test_convert_then_generate(jaxdet, tiny, tmp_path, format):
+    done = jaxdet("convert", tiny, tmp_path / "new", "--format", format)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        jaxdet("generate", "-m", m, "Hello", "--max-tokens", 8).stdout for m in (tmp_path / "new", tiny)
+    )
+    assert ours == theirs != ""
+
+
+def test_info(jaxdet, tiny):
+    facts = json.loads(jaxdet("info", tiny, "--json").stdout)
+    assert (facts["family"], facts["num_layers"], facts["backend"]) == ("llama", 2, "xla")
+    assert facts["parameters"] > 50_000
+    assert "platform_key" in jaxdet("info").stdout
+
+
+def wrong(name: str, *arguments: object, says: str, stdin: str = ""):
+    return pytest.param(arguments, says, stdin, id=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "stdin"),
+    [
+        wrong("unknown model", "generate", "-m", "nothing-here", "x", says="nothing-here"),
+        wrong("empty prompt", "generate", "-m", "TINY", says="prompt is empty"),
+        wrong("temperature", "generate", "-m", "TINY", "x", "--temperature", "-1", says="temperature=-1.0"),
+        wrong("top_p", "generate", "-m", "TINY", "x", "--top-p", "0", says="top_p=0.0"),
+        wrong("long prompt", "generate", "-m", "TINY", "x" * 5000, says="max_model_len"),
+        wrong("dtype", "generate", "-m", "TINY", "x", "--dtype", "int8", says="dtype='int8'"),
+        wrong("backend", "generate", "-m", "TINY", "x", "--backend", "cuda", says="backend='cuda'"),
+        wrong("no folder", "verify", "TINY", "--output", "no/where.json", says="no/where.json"),
+        wrong("destination", "convert", "TINY", "TINY", says="exists"),
+        wrong("source", "convert", "./gone.gguf", "new", says="gone.gguf"),
+    ],
+)
+def test_errors_are_one_line(jaxdet, tiny, arguments, says, stdin):
+    done = jaxdet(*(tiny if a == "TINY" else a for a in arguments), stdin=stdin)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("jaxdet: ") and says in lines[0]

@@ -1,0 +1,71 @@
+"""`verify` certifies what is deterministic and catches what is not."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxdet.testing import write_tiny_model
+from jaxdet.verify import Case, verify
+from jaxdet.verify.control import NAMES
+from pallas_kernels.matmul import xla as matmul
+
+WIDE = {"hidden_size": 576, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+def rendered(report) -> str:
+    console = Console(record=True, width=160)
+    console.print(report.render())
+    return console.export_text()
+
+
+def test_certifies(tmp_path):
+    report = verify(write_tiny_model(tmp_path / "tiny"), progress=False)
+    assert report.ok, rendered(report)
+    assert {c.promise for c in report.cases} == {"I1", "I2", "I3", "I4"}
+    assert {c.name for c in report.control} == set(NAMES.values()) <= {c.name for c in report.cases}
+    assert all(c.compared > 10 for c in report.cases)
+    assert report.digest in rendered(report)
+    report.write_json(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["ok"] and saved["digest"] == report.digest
+    assert saved["environment"]["versions"]["jaxlib"]
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_catches_a_plain_matmul(tmp_path, monkeypatch):
+    """Negative control: with XLA's own dots in place of the kernel's, verification fails."""
+
+    def plain(x, packed, n):
+        w = matmul.unpack(packed, x.shape[1], n)
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+    monkeypatch.setattr(matmul, "dot", plain)
+    report = verify(write_tiny_model(tmp_path / "tiny", **WIDE), progress=False)
+    assert not report.ok
+    assert {c.name for c in report.cases if c.differing} >= {NAMES["one_by_one"]}
+    assert "NOT deterministic" in rendered(report)
+    assert report.control_bites
+
+
+def test_a_case_counts_bits_not_values():
+    case = Case("I1", "case")
+    case.compare(np.float32([0.0, np.nan, 1.0]), np.float32([0.0, np.nan, 1.0]))
+    assert (case.compared, case.differing) == (3, 0)
+    case.compare(np.float32([-0.0, 1.0]), np.float32([0.0, np.nextafter(np.float32(1), np.float32(2))]))
+    assert (case.compared, case.differing) == (5, 2)
+    case.compare(np.float32([1.0]), np.float32([1.0, 2.0]))
+    assert (case.compared, case.differing) == (7, 4)
+
+
+def test_nothing_compared_is_no_success(tmp_path):
+    from jaxdet.verify.report import Report
+
+    assert not Report("m", "d", [Case("I1", "empty")], [], {}).ok
+
+
+def test_model_must_hold_the_reference(tmp_path):
+    with pytest.raises(ValueError, match="max_model_len=256"):
+        verify(write_tiny_model(tmp_path / "tiny", max_position_embeddings=128), progress=False)
