@@ -47,11 +47,7 @@ def generate(
     """
     params, listed = SamplingParams(**sampling), as_list(prompts)
     llm = _shared(str(model), dtype, backend)
-    if llm.tokenizer.chat_template:
-        listed = [
-            llm.chat_prompt([{"role": "user", "content": p}]) if isinstance(p, str) and p else p
-            for p in listed
-        ]
+    listed = [llm.user_prompt(p) if isinstance(p, str) and p else p for p in listed]
     return llm.generate(listed, params, use_tqdm=use_tqdm)
 
 
