@@ -13,7 +13,7 @@ def sample(logits, rows):
     peak = pin(jnp.max(logits, axis=1))
     usable = jnp.isfinite(peak)
     if rows.adjusted_ids.shape[1]:
-        logits = _penalise(logits, rows)
+        logits = penalise(logits, rows)
     greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
     # Rows are independent and a greedy row ignores the branch, so this choice can't reach anyone's bits.
     drawn = lax.cond(jnp.any(rows.temperature > 0), lambda: _draw(logits, rows), lambda: greedy)
@@ -28,11 +28,11 @@ def token_logprobs(logits, ids, *, top):
     column = jnp.arange(logits.shape[1], dtype=jnp.int32)
     ahead = (logits > own) | ((logits == own) & (column[None] < ids[:, None]))
     rank = 1 + jnp.sum(ahead, axis=1, dtype=jnp.int32)
-    best, best_ids = lax.top_k(logits, top)
+    best, best_ids = lax.top_k(_positive_zero(logits), top)
     return normalise(own)[:, 0], rank, normalise(best), best_ids.astype(jnp.int32)
 
 
-def _penalise(logits, rows):
+def penalise(logits, rows):
     vocab = logits.shape[1]
     at = jnp.minimum(rows.adjusted_ids, vocab - 1)
     x = pin(jnp.take_along_axis(logits, at, axis=1) + rows.adjusted_bias)
@@ -57,9 +57,14 @@ def _draw(logits, rows):
     return jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=1).astype(jnp.int32)
 
 
+def _positive_zero(x):
+    """−0 becomes +0, its equal; XLA drops an addition of 0, and its sorts put −0 first."""
+    return jnp.where(x == 0, 0.0, x)
+
+
 def _ordered(x):
     """float32 → int32 with the same order; −0 counts as +0."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)
+    bits = lax.bitcast_convert_type(_positive_zero(x), jnp.int32)
     return jnp.where(bits < 0, bits ^ INT32_MAX, bits)
 
 
