@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -459,8 +460,7 @@ def test_control_plain_matmul(folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), zip(FAMILIES, itertools.cycle([jnp.float32, jnp.bfloat16])))
 def test_64_sequences_of_every_family(folder, family, dtype):
     model = model_of(folder, family, dtype)
     requests = [Request(tokens(i, 1 + (i * 37) % 290), params(i, max_tokens=4 + i % 13)) for i in range(80)]
