@@ -47,7 +47,7 @@ def generate(
     """
     params, listed = SamplingParams(**sampling), as_list(prompts)
     llm = _shared(str(model), dtype, backend)
-    listed = [llm.user_prompt(p) if isinstance(p, str) and p else p for p in listed]
+    listed = [llm.user_prompt(p) if isinstance(p, str) else p for p in listed]
     return llm.generate(listed, params, use_tqdm=use_tqdm)
 
 

@@ -174,6 +174,8 @@ class LLM:
 
     def user_prompt(self, text: str) -> Prompt:
         """The prompt of one user message: through the chat template if the model has one, else the text itself."""
+        if not text:
+            raise ValueError("prompt is empty; give it at least one token")
         return self.chat_prompt([{"role": "user", "content": text}]) if self.tokenizer.chat_template else text
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> dict[str, Any]:

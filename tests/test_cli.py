@@ -1,13 +1,15 @@
 """The command: what it prints, what it reads, and one line for whatever goes wrong."""
 
+import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from jaxdet.cli import main
 from jaxdet.testing import write_tiny_model
 
 
@@ -16,20 +18,33 @@ def tiny(tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    return {**os.environ, "JAXDET_CACHE": str(tmp_path_factory.mktemp("cache"))}
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture
-def jaxdet(environment, tmp_path):
-    def run(*arguments: object, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-        command = [Path(sys.executable).parent / "jaxdet", *map(str, arguments)]
-        return subprocess.run(
-            command, input=stdin, capture_output=True, text=True, env=environment | variables, cwd=tmp_path
-        )
+def jaxdet(monkeypatch, capsys, tmp_path):
+    """Runs the command in this process, from an empty folder."""
+
+    def run(*arguments: object, stdin: str = "") -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["jaxdet", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+def test_the_command_is_installed(tmp_path):
+    command = [Path(sys.executable).parent / "jaxdet", "info", "./gone"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("jaxdet: no model './gone'") and done.stderr.count("\n") == 1
 
 
 def test_generate(jaxdet, tiny):
