@@ -19,9 +19,9 @@ DTYPES = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 
 
 def products(rng, dtype):
-    for k, n in ((576, 960), (1000, 200), (130, 64)):
+    for k, n in ((576, 960), (1000, 200)):
         w, gate = (rng.standard_normal((k, n)).astype(dtype) for _ in "wg")
-        for m in (1, 3, 40, 130):
+        for m in (1, 40, 130):
             x = rng.standard_normal((m, k)).astype(dtype)
             yield jax.jit(partial(matmul, n=n))(x, pack(w))
             yield jax.jit(partial(gated_matmul, n=n, activation="silu"))(x, pack_gated(w, gate))

@@ -75,8 +75,9 @@ def test_rows_never_matter(k, n, dtype, path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("k", "n"), [(576, 960), (200, 320), (1500, 130)], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("k", "n", "dtype"), [(576, 960, "float32"), (1500, 130, "bfloat16"), (200, 320, "float16")]
+)
 def test_every_number_of_rows(k, n, dtype):
     counts = [*range(1, 131), 192, 255, 256, 257, 511, 513, 777, 1000, 1023, 1024]
     assert_rows_independent(product(k, n, dtype), random(0, (POOL, k), dtype), counts)
@@ -91,7 +92,7 @@ def test_every_number_of_rows(k, n, dtype):
 )
 def test_shapes_of_real_models(k, n, dtype):
     """SmolLM2-135M, Llama-3.2-1B and Qwen3-0.6B, heads and gated halves side by side included."""
-    assert_rows_independent(product(k, n, dtype), random(0, (4, k), dtype), (2, 3, 8, 33, 50, 64, 65, 200))
+    assert_rows_independent(product(k, n, dtype), random(0, (4, k), dtype), (2, 8, 50, 64, 65, 200))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
