@@ -1,14 +1,19 @@
 """The only module that names unstable jax.experimental APIs."""
 
+import functools
+
 import jax
+from jax._src.lib.mlir.dialects import arith as mlir_arith
 from jax._src.lib.mlir.dialects import math as mlir_math
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
+    "add_rounded",
     "fused_multiply_add",
     "gpu_interpreter",
     "interpreting",
+    "kernel_in_place",
     "pl",
     "plgpu",
     "reduce_columns",
@@ -37,6 +42,16 @@ def require_hopper(op: str) -> None:
         )
 
 
+def kernel_in_place(body, *, out_type, scratch_types, grid, grid_names):
+    """`plgpu.kernel` of one warpgroup a CTA whose inputs may be `jax.Ref`s that it writes, which that one refuses."""
+
+    def scoped(*refs):
+        pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=())
+
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names)
+    return pl.kernel(scoped, out_type=out_type, mesh=mesh)
+
+
 def fused_multiply_add(a, b, c, layout):
     """a · b + c with one rounding, inside a Mosaic GPU kernel; the interpreter may round twice."""
     if interpreting():
@@ -50,6 +65,22 @@ def fused_multiply_add(a, b, c, layout):
         return x._pointwise(mlir_math.fma, y, z)
 
     return fma(a, b, c)
+
+
+def add_rounded(a, b, layout):
+    """a + b, inside a Mosaic GPU kernel; Mosaic's own sum lets the compiler fuse a product in a or b into it."""
+    if interpreting():
+        a, b = jax.lax.optimization_barrier((a, b))
+        return a + b
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * 2,
+        return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout=layout),
+    )
+    def add(_, x, y):
+        return x._pointwise(mlir_arith.addf, y)
+
+    return add(a, b)
 
 
 def reduce_columns(x, layout, row_layout):

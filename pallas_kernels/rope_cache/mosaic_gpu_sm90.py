@@ -1,9 +1,161 @@
-"""Query/key norm, RoPE and cache write on Hopper: XLA's program, since there is no kernel of its own yet.
+"""Query/key norm, RoPE and cache write on Hopper, one launch: a CTA of 128 threads takes 16 heads of a token.
 
-It is invariant there too: its row sums are elementwise additions in a pinned order, its other arithmetic is
-elementwise with every product rounded before its sum.
+Per head, in float32: Σx² = Σ over columns i of fma(x[i], x[i], round(x[i + D/2]²)) in one tree that D alone fixes
+(8 lanes a head, see `_layout`), x · 1/√((Σx² + D·eps) / D) · weight, then (x₁c − x₂s, x₂c + x₁s) with every
+product rounded before the sum, one rounding at the end. Values are copied. How heads fall on CTAs touches no bit.
 """
 
-from pallas_kernels.rope_cache.xla import rope_cache
+import functools
 
-__all__ = ["rope_cache"]
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import (
+    add_rounded,
+    fused_multiply_add,
+    interpreting,
+    kernel_in_place,
+    pl,
+    plgpu,
+    require_hopper,
+)
+from pallas_kernels.rope_cache import xla
+
+HEADS = 16
+VECTOR = {96: 2, 128: 8}
+"""head_dim → columns that a lane holds side by side; other widths run XLA's program, which is invariant too."""
+
+
+def rope_cache(
+    qkv, k_pages, v_pages, rope, positions, slots, *, num_q_heads, num_kv_heads, q_norm, k_norm, eps
+):
+    """See `op.rope_cache`; bfloat16 or float16."""
+    require_hopper("rope_cache")
+    dim = k_pages.shape[3]
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16) or {k_pages.dtype, v_pages.dtype} != {qkv.dtype}:
+        raise ValueError(
+            f"rope_cache: qkv is {qkv.dtype} and the cache {k_pages.dtype}; mosaic_gpu takes bfloat16 or float16; "
+            "use backend='xla'"
+        )
+    if not supports(dim, num_q_heads, num_kv_heads, q_norm is not None):
+        return xla.rope_cache(
+            qkv,
+            k_pages,
+            v_pages,
+            rope,
+            positions,
+            slots,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+        )
+    tokens, norm = qkv.shape[0], [] if q_norm is None else [q_norm, k_norm]
+    call = _kernel(
+        tokens,
+        num_q_heads,
+        num_kv_heads,
+        dim,
+        k_pages.shape[2],
+        qkv.dtype,
+        len(norm) > 0,
+        eps,
+        interpreting(),
+    )
+    k_cache, v_cache = jax.new_ref(k_pages), jax.new_ref(v_pages)
+    rows = qkv.reshape(tokens, num_q_heads + 2 * num_kv_heads, dim)
+    q = call(rows, rope, positions, slots, *norm, k_cache, v_cache)
+    return q, jax.freeze(k_cache), jax.freeze(v_cache)
+
+
+def supports(head_dim: int, num_q_heads: int, num_kv_heads: int, normed: bool) -> bool:
+    """Whether the kernel takes this shape; it depends on the model alone, never on the tokens of a call.
+
+    Mosaic infers a swizzled layout for the tiles in shared memory, and gets it wrong where a copy takes heads that are
+    no multiple of 8: every bit of q and k was off. 96 columns with a norm have not run on a GPU.
+    """
+    whole = num_q_heads % 8 == 0 and num_kv_heads % 8 == 0
+    return head_dim in VECTOR and whole and not (head_dim == 96 and normed)
+
+
+def _layout(dim: int):
+    """[HEADS, D/2]: a head on 8 lanes, a warp on 4 heads."""
+    v = VECTOR[dim]
+    tiling = plgpu.Tiling(((HEADS, 8 * v), (4, 8 * v), (v,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+@functools.cache
+def _kernel(tokens, q_heads, kv_heads, dim, page, dtype, normed, eps, _interpreting):
+    rows, half = q_heads + 2 * kv_heads, dim // 2
+    parts, layout = -(-rows // HEADS), _layout(dim)
+    columns = layout.reduce(0)
+
+    def body(qkv_g, rope_g, positions_g, slots_g, *rest):
+        *norm_g, k_g, v_g, q_g, in_s, out_s, bar = rest
+        token = lax.axis_index("token")
+        part = lax.axis_index("part")
+        first = jnp.minimum(part * HEADS, rows - HEADS)  # the last part may repeat heads of the one before
+        plgpu.copy_gmem_to_smem(qkv_g.at[token, pl.ds(first, HEADS)], in_s, bar)
+        slot, position = slots_g[token], positions_g[token]
+
+        def halves(ref):
+            return (
+                plgpu.load(ref.at[pl.ds(start, half)], layout=columns, optimized=False) for start in (0, half)
+            )
+
+        def across(x):
+            return lax.broadcast_in_dim(x, (HEADS, half), [1])
+
+        cos, sin = (across(x) for x in halves(rope_g.at[position]))
+        weights = [[across(x) for x in halves(w)] for w in norm_g]
+        plgpu.barrier_wait(bar)
+        x, y = (
+            plgpu.load(in_s.at[:, pl.ds(start, half)], layout=layout, optimized=False).astype(jnp.float32)
+            for start in (0, half)
+        )
+        if normed:
+            total = jnp.sum(fused_multiply_add(x, x, y * y, layout), axis=1)
+            inverse = lax.rsqrt((total + dim * eps) * (1.0 / dim))
+            inverse = lax.broadcast_in_dim(inverse, (HEADS, half), [0])
+            head = plgpu.broadcasted_iota(jnp.int32, (HEADS, half), 0, layout=layout) + first
+            of_q = head < q_heads
+            x, y = (
+                (value * inverse) * jnp.where(of_q, q_weight, k_weight)
+                for value, q_weight, k_weight in zip((x, y), *weights, strict=True)
+            )
+        out_s[:, pl.ds(0, half)] = add_rounded(x * cos, -(y * sin), layout).astype(dtype)
+        out_s[:, pl.ds(half, half)] = add_rounded(y * cos, x * sin, layout).astype(dtype)
+        plgpu.commit_smem()
+        index, offset = lax.div(slot, jnp.int32(page)), lax.rem(slot, jnp.int32(page))
+        for number in range(parts):
+
+            @pl.when(part == number)
+            def _(number=number):
+                first, begin = min(number * HEADS, rows - HEADS), 0
+                for source, target, heads in (
+                    (out_s, lambda at: q_g.at[token, at], q_heads),
+                    (out_s, lambda at: k_g.at[index, at, offset], kv_heads),
+                    (in_s, lambda at: v_g.at[index, at, offset], kv_heads),
+                ):
+                    low, high = max(first, begin), min(first + HEADS, begin + heads)
+                    if low < high:
+                        taken = source.at[pl.ds(low - first, high - low)]
+                        plgpu.copy_smem_to_gmem(taken, target(pl.ds(low - begin, high - low)))
+                    begin += heads
+
+        plgpu.wait_smem_to_gmem(0)
+
+    return kernel_in_place(
+        body,
+        out_type=jax.ShapeDtypeStruct((tokens, q_heads, dim), dtype),
+        scratch_types=[
+            plgpu.SMEM((HEADS, dim), dtype),
+            plgpu.SMEM((HEADS, dim), dtype),
+            plgpu.Barrier(),
+        ],
+        grid=(tokens, parts),
+        grid_names=("token", "part"),
+    )
