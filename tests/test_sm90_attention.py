@@ -1,4 +1,8 @@
-"""Hopper attention and RMSNorm without a GPU: lowered for CUDA; the bits are compared where there is one."""
+"""Hopper attention and RMSNorm without a GPU: interpreted on small shapes, lowered for CUDA on real ones.
+
+The interpreter has its own order of sums, so path invariance is shown there for its own bits; the hardware's are
+compared where there is one.
+"""
 
 import functools
 
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import mosaic_gpu_sm90 as kernel
+from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.rms_norm import mosaic_gpu_sm90 as norm
 
 OPTIONS = {"scale": 0.1, "window": None, "soft_cap": None}
@@ -47,34 +52,99 @@ def test_what_it_cannot_do_names_the_backend_that_can(dtype, head_dim):
         kernel.attention(q, pages, pages, *index, **OPTIONS, max_query_len=1)
 
 
+class Sequence:
+    """One sequence's queries, keys and values, its pages shuffled in a pool of NaN."""
+
+    def __init__(self, length: int, heads: int, kv_heads: int, head_dim: int):
+        keys, count = jax.random.split(jax.random.key(0), 3), -(-length // 128)
+        self.q = (jax.random.normal(keys[0], (length, heads, head_dim)) * 2).astype(jnp.bfloat16)
+        self.order = np.random.default_rng(0).permutation(count + 3)[:count]
+        self.k, self.v = (
+            jax.random.normal(key, (length, kv_heads, head_dim)).astype(jnp.bfloat16) for key in keys[1:]
+        )
+        self.pools = []
+        for values in (self.k, self.v):
+            padded = (
+                jnp.full((count * 128, kv_heads, head_dim), jnp.nan, jnp.bfloat16).at[:length].set(values)
+            )
+            paged = padded.reshape(count, 128, kv_heads, head_dim).transpose(0, 2, 1, 3)
+            pool = jnp.full((count + 3, kv_heads, 128, head_dim), jnp.nan, jnp.bfloat16)
+            self.pools.append(pool.at[self.order].set(paged))
+
+    def run(self, q, lens, counts, longest, **option):
+        """Bits of attention for sequences of `lens` keys whose last `counts` tokens are the rows of q."""
+        tables = jnp.tile(jnp.asarray(self.order, jnp.int32)[None], (len(lens), 1))
+        starts = jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)
+        call = functools.partial(kernel.attention, **OPTIONS | option, max_query_len=longest)
+        out = jax.jit(call)(q, *self.pools, tables, starts, jnp.asarray(lens, jnp.int32))
+        return np.asarray(out).view(np.uint16)
+
+    def exact(self, at: int, window: int | None) -> np.ndarray:
+        """Attention of the query at position `at`, in float64."""
+        q, k, v = (np.asarray(x, np.float64) for x in (self.q[at], self.k, self.v))
+        seen = slice(0 if window is None else max(0, at - window + 1), at + 1)
+        k, v = (np.repeat(x[seen], q.shape[0] // x.shape[1], axis=1) for x in (k, v))
+        scores = np.einsum("hd,khd->hk", q, k) * OPTIONS["scale"]
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return np.einsum("hk,khd->hd", p / p.sum(axis=1, keepdims=True), v)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("head_dim", "length", "option"), [(64, 530, {}), (128, 200, {"window": 70})], ids=["plain", "window"]
+)
+def test_interpreted_decode_chunk_and_prefill_agree(head_dim, length, option):
+    sequence = Sequence(length, 2, 1, head_dim)
+    at = np.array([0, 127, length - 1])
+    with gpu_interpreter():
+        whole = sequence.run(sequence.q, [length], [length], length, **option)
+        decoded = sequence.run(sequence.q[at], at + 1, [1] * 3, 1, **option)
+        nan = jnp.full((40, 2, head_dim), jnp.nan, jnp.bfloat16)
+        mixed = jnp.concatenate([nan, sequence.q[-60:]])
+        chunk = sequence.run(mixed, [length, length], [40, 60], 60, **option)[40:]
+    np.testing.assert_array_equal(decoded, whole[at])
+    np.testing.assert_array_equal(chunk, whole[-60:])
+    assert (decoded[1] != whole[at[2]]).any(), "the comparison tells two rows apart"
+    exact = np.stack([sequence.exact(i, option.get("window")) for i in at])
+    error = np.linalg.norm(decoded.view(jnp.bfloat16).astype(np.float64) - exact) / np.linalg.norm(exact)
+    assert error < 5e-3
+
+
+@pytest.mark.interpret
+def test_interpreted_rms_norm_row_depends_on_itself_alone():
+    rng = np.random.default_rng(0)
+    x, weight = (
+        jnp.asarray(rng.normal(size=(5, 576)), jnp.bfloat16),
+        jnp.asarray(rng.normal(size=576), jnp.float32),
+    )
+
+    def run(x):
+        with gpu_interpreter():
+            return np.asarray(norm.rms_norm(x, weight, eps=1e-6)).view(np.uint16)
+
+    full, hostile = run(x), run(x.at[::2].set(jnp.inf))
+    np.testing.assert_array_equal(run(x[1:2]), full[1:2])
+    np.testing.assert_array_equal(hostile[1::2], full[1::2])
+    assert (hostile[::2] != full[::2]).any(), "the comparison sees the hostile rows"
+    wide = np.asarray(x, np.float64)
+    exact = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-6) * np.asarray(weight, np.float64)
+    error = np.linalg.norm(full.view(jnp.bfloat16).astype(np.float64) - exact) / np.linalg.norm(exact)
+    assert error < 3e-3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("option", [{}, {"window": 200}, {"soft_cap": 30.0}], ids=str)
 def test_decode_chunks_and_prefill_give_one_bit_pattern(head_dim, option):
-    length, heads, kv_heads, count = 700, 8, 2, 6
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = (jax.random.normal(keys[0], (length, heads, head_dim)) * 2).astype(jnp.bfloat16)
-    order = np.random.default_rng(0).permutation(count + 3)[:count]
-    pools = []
-    for key in keys[1:]:
-        values = jax.random.normal(key, (length, kv_heads, head_dim)).astype(jnp.bfloat16)
-        padded = jnp.full((count * 128, kv_heads, head_dim), jnp.nan, jnp.bfloat16).at[:length].set(values)
-        paged = padded.reshape(count, 128, kv_heads, head_dim).transpose(0, 2, 1, 3)
-        pool = jnp.full((count + 3, kv_heads, 128, head_dim), jnp.nan, jnp.bfloat16)
-        pools.append(pool.at[order].set(paged))
-
-    def run(q, lens, counts, longest):
-        tables = jnp.tile(jnp.asarray(order, jnp.int32)[None], (len(lens), 1))
-        starts = jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)
-        call = functools.partial(kernel.attention, **OPTIONS | option, max_query_len=longest)
-        out = jax.jit(call)(q, *pools, tables, starts, jnp.asarray(lens, jnp.int32))
-        return np.asarray(out).view(np.uint16)
-
-    whole = run(q, [length], [length], length)
+    length = 700
+    sequence = Sequence(length, 8, 2, head_dim)
+    whole = sequence.run(sequence.q, [length], [length], length, **option)
     at = np.array([0, 1, 127, 128, 129, 511, 512, 513, length - 1])
-    np.testing.assert_array_equal(run(q[at], at + 1, [1] * len(at), 1), whole[at])
+    decoded = sequence.run(sequence.q[at], at + 1, [1] * len(at), 1, **option)
+    np.testing.assert_array_equal(decoded, whole[at])
     for chunk in (7, 100, 512):
         for start in range(0, length - chunk, 3 * chunk):
-            part = run(q[start : start + chunk], [start + chunk], [chunk], chunk)
+            rows = sequence.q[start : start + chunk]
+            part = sequence.run(rows, [start + chunk], [chunk], chunk, **option)
             np.testing.assert_array_equal(part, whole[start : start + chunk])

@@ -32,53 +32,69 @@ def decode(q, k_pages, v_pages, tables, lens, *, scale, window, soft_cap):
     segments = -(-tables.shape[1] * page // SEGMENT)
     per_load = min(SEGMENTS_PER_LOAD, segments)
     segments = -(-segments // per_load) * per_load
-    # Items in order of sequence; a window skips the segments before it.
+    shape = sequences, heads, kv_heads, group, rows, dim, page, segments
     first = jnp.zeros_like(lens) if window is None else jnp.maximum(lens - window, 0) // SEGMENT
+    items, count = _items(tables, lens, first, segments, page, BLOCK[dim], window)
+    k_pages, v_pages = (p.reshape(*p.shape[:2], -1, BLOCK[dim], dim) for p in (k_pages, v_pages))
+    partial = _partial(shape, q.dtype, scale, window, soft_cap, interpreting())
+    parts = partial(q, k_pages, v_pages, items, count)
+    return _merge(shape, q.dtype, per_load, interpreting())(*parts, lens, first)
+
+
+def _items(tables, lens, first, segments, page, keys, window):
+    """What a CTA must know of each segment that exists, in order of sequence, and how many there are.
+
+    One row of int32: sequence, segment, length, first block, the pages of the first two blocks, then of all; so that
+    a single read stands between a CTA and its first keys.
+    """
+    sequences = lens.shape[0]
     ends = jnp.cumsum(-(-lens // SEGMENT) - first).astype(jnp.int32)
     item = jnp.arange(sequences * segments, dtype=jnp.int32)
     owner = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
     owner = jnp.minimum(owner, sequences - 1)
     begin = jnp.where(owner > 0, ends[jnp.maximum(owner - 1, 0)], 0)
     segment = jnp.minimum(item - begin + first[owner], segments - 1)
-    shape = sequences, heads, kv_heads, group, rows, dim, page, segments, k_pages.shape[0], tables.shape[1]
-    partial = _partial(shape, q.dtype, scale, window, soft_cap, interpreting())
-    k_pages, v_pages = (p.reshape(*p.shape[:2], -1, BLOCK[dim], dim) for p in (k_pages, v_pages))
-    parts = partial(q, k_pages, v_pages, tables, lens, owner, segment, ends[-1:])
-    return _merge(shape, q.dtype, per_load, interpreting())(*parts, lens, first)
+    length = lens[owner]
+    low = jnp.zeros_like(length)
+    if window is not None:
+        low = jnp.maximum(length - window - segment * SEGMENT, 0) // keys
+    blocks = jnp.concatenate(
+        [low[:, None] + jnp.arange(2), jnp.tile(jnp.arange(SEGMENT // keys), (item.size, 1))], 1
+    )
+    index = (segment[:, None] * SEGMENT + blocks * keys) // page
+    pages = tables.at[owner[:, None], jnp.minimum(index, tables.shape[1] - 1)].get(mode="promise_in_bounds")
+    head = jnp.stack([owner, segment, length, low], axis=1)
+    return jnp.concatenate([head, pages], axis=1).astype(jnp.int32), ends[-1:]
 
 
 @functools.cache
 def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
-    sequences, _, kv_heads, _, rows, dim, page, segments, _, _ = shape
+    sequences, _, kv_heads, _, rows, dim, page, segments = shape
     keys, ring = BLOCK[dim], RING[dim]
     per_page = page // keys
     per_segment = SEGMENT // keys
     ctas = min(2 * SMS, sequences * segments * kv_heads)
     c = softmax.factor(scale, soft_cap)
 
-    def body(q_g, k_g, v_g, tables_g, lens_g, owner_g, segment_g, total_g, o_g, m_g, l_g, *scratch):
+    def body(q_g, k_g, v_g, items_g, count_g, o_g, m_g, l_g, *scratch):
         q_s, (tiles, (o_s, m_s, l_s)), full, q_bar = scratch
         cta = lax.axis_index("cta")
-        items = total_g[0] * kv_heads
 
-        def each_item(local, _):
-            at = cta + local * ctas
-            kv_head = lax.rem(at, jnp.int32(kv_heads))
-            item = lax.div(at, jnp.int32(kv_heads))
-            sequence, segment = owner_g[item], segment_g[item]
-            length = lens_g[sequence]
+        def look_up(local):
+            item = lax.div(cta + local * ctas, jnp.int32(kv_heads))
+            item = jnp.minimum(item, sequences * segments - 1)
+            return item, *(items_g[item, i] for i in range(6))
+
+        def each_item(local, looked_up):
+            item, sequence, segment, length, low, *first_pages = looked_up
+            kv_head = lax.rem(cta + local * ctas, jnp.int32(kv_heads))
             start = segment * SEGMENT
             last = pl.cdiv(jnp.minimum(length - start, SEGMENT), jnp.int32(keys))
             whole = lax.div(jnp.minimum(length - start, SEGMENT), jnp.int32(keys))
-            if window is not None:
-                low = lax.div(jnp.maximum(length - window - start, 0), jnp.int32(keys))
-            else:
-                low = jnp.int32(0)
 
-            def load(is_value, j, slot):
-                number = segment * per_segment + j
-                index = tables_g[sequence, lax.div(number, jnp.int32(per_page))]
-                source = (v_g if is_value else k_g).at[index, kv_head, lax.rem(number, jnp.int32(per_page))]
+            def load(is_value, j, slot, index):
+                block = lax.rem(segment * per_segment + j, jnp.int32(per_page))
+                source = (v_g if is_value else k_g).at[index, kv_head, block]
                 plgpu.copy_gmem_to_smem(source, tiles.at[slot], full.at[slot])
 
             plgpu.wait_smem_to_gmem(0)  # the tiles' memory held the last item's results
@@ -86,11 +102,12 @@ def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
 
                 @pl.when(low + tile // 2 < last)
                 def _(tile=tile):
-                    load(tile % 2, low + tile // 2, tile)
+                    load(tile % 2, low + tile // 2, tile, first_pages[tile // 2])
 
             plgpu.copy_gmem_to_smem(
                 q_g.at[sequence, pl.ds(kv_head * rows, rows)], q_s.at[pl.ds(0, rows)], q_bar
             )
+            following = look_up(local + 1)
             plgpu.barrier_wait(q_bar)
 
             def refill(tile, j, slot):
@@ -98,7 +115,7 @@ def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
 
                 @pl.when(ahead < last)
                 def _():
-                    load((ring + tile) % 2, ahead, slot)
+                    load((ring + tile) % 2, ahead, slot, items_g[item, 6 + ahead])
 
             def each_block(j, state, edge):
                 acc, m, mass = state
@@ -120,7 +137,7 @@ def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
                 plgpu.barrier_wait(full.at[v_slot])
                 if edge:
                     softmax.clear_tail(tiles.at[v_slot], length - start - j * keys)
-                acc = softmax.accumulate(acc, lambda ref: plgpu.wgmma(ref, p, tiles.at[v_slot]))
+                acc = softmax.accumulate(acc, p, tiles.at[v_slot])
                 refill(1, j, v_slot)
                 return acc, m, mass
 
@@ -135,9 +152,11 @@ def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
             plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, rows)], o_g.at[sequence, kv_head, segment])
             plgpu.copy_smem_to_gmem(m_s, m_g.at[sequence, kv_head, segment])
             plgpu.copy_smem_to_gmem(l_s, l_g.at[sequence, kv_head, segment])
-            return ()
+            return following
 
-        lax.fori_loop(0, pl.cdiv(jnp.maximum(items - cta, 0), jnp.int32(ctas)), each_item, ())
+        begin = look_up(jnp.int32(0))  # does not wait for the count
+        mine = jnp.maximum(count_g[0] * kv_heads - cta, 0)
+        lax.fori_loop(0, pl.cdiv(mine, jnp.int32(ctas)), each_item, begin)
         plgpu.wait_smem_to_gmem(0)
 
     parts = sequences, kv_heads, segments

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.decode_sm90 import decode
 from pallas_kernels.attention.prefill_sm90 import prefill
-from pallas_kernels.attention.segments_sm90 import BLOCK
+from pallas_kernels.attention.segments_sm90 import BLOCK, MOST_GROUPED_HEADS
 from pallas_kernels.compat import require_hopper
 
 
@@ -22,11 +22,11 @@ def attention(
             f"attention: q is {q.dtype} and the cache {k_pages.dtype}; mosaic_gpu takes bfloat16 or float16; "
             "use backend='xla'"
         )
-    if dim not in BLOCK or page % 128 or group > 64:
+    if dim not in BLOCK or page % 128 or group > MOST_GROUPED_HEADS:
         raise ValueError(
             f"attention: head_dim={dim}, page={page}, {group} query heads a KV head; mosaic_gpu takes "
             f"head_dim {', '.join(map(str, BLOCK))}, pages of a multiple of 128 "
-            "and groups up to 64; use backend='xla'"
+            f"and groups up to {MOST_GROUPED_HEADS}; use backend='xla'"
         )
     options = {"scale": float(scale), "window": window, "soft_cap": soft_cap}
     if max_query_len == 1:

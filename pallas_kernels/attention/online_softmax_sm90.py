@@ -76,16 +76,18 @@ def block(scores, acc, m, mass, c: float, dtype):
     return p.astype(dtype), acc * spread(alpha, acc.shape[1]), new, mass
 
 
-def accumulate(acc, product):
-    """acc += what `product(accumulator_ref)` multiplies."""
-    if interpreting():  # accumulators can't start from a value there
+def accumulate(acc, p, values, meanwhile=lambda: None):
+    """acc + p · values, a tile in shared memory; `meanwhile` runs while the product is under way."""
+    if interpreting():  # neither takes an operand in registers nor starts an accumulator from a value
+        product = lax.dot(p, values[...], preferred_element_type=jnp.float32)
+        meanwhile()
+        return acc + product
 
-        def alone(ref):
-            product(ref)
-            return ref[...]
+    def multiply(ref):
+        plgpu.wgmma(ref, p, values)
+        meanwhile()
 
-        return acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def merge(out, best, total, acc, m, mass, layout=TILE, row_layout=ROW):

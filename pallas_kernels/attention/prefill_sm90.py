@@ -136,14 +136,10 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
 
                     more, next_slot = j + 1 < end, lax.rem(j + 1 - first, jnp.int32(STAGES))
 
-                    def weigh(ref):
-                        plgpu.wgmma(ref, p, values)
+                    def next_keys():
+                        pl.when(more)(lambda: plgpu.barrier_wait(k_full.at[next_slot]))
 
-                        @pl.when(more)
-                        def _():
-                            plgpu.barrier_wait(k_full.at[next_slot])
-
-                    acc = softmax.accumulate(acc, weigh)
+                    acc = softmax.accumulate(acc, p, values, next_keys)
                     plgpu.barrier_arrive(v_free.at[slot])
                     return out, best, total, acc, m, mass
 
@@ -190,7 +186,14 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
                     plgpu.copy_gmem_to_smem(v_g.at[where], v_s.at[slot], v_full.at[slot])
                     return ()
 
+                def drain(j, _):
+                    slot = lax.rem(j - first, jnp.int32(STAGES))
+                    plgpu.barrier_wait(k_free.at[slot])
+                    plgpu.barrier_wait(v_free.at[slot])
+                    return ()
+
                 lax.fori_loop(first, last, each_block, ())
+                lax.fori_loop(jnp.maximum(first, last - STAGES), last, drain, ())
 
         swizzle = softmax.swizzled(dim)
         results = [plgpu.SMEM((2, softmax.ROWS, out_dim), dtype, transforms=swizzle)] if split else []

@@ -5,3 +5,6 @@ SEGMENT = 512
 
 BLOCK = {64: 128, 96: 128, 128: 128, 256: 64}
 """head_dim → keys in one online-softmax block."""
+
+MOST_GROUPED_HEADS = 64
+"""Query heads of a KV head: the rows of one tile."""
