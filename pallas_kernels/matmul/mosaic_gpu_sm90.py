@@ -22,6 +22,7 @@ K_BLOCK = 64
 COLUMN_ALIGN = 64
 GATE_GROUP = 32
 SMS = 132
+ROW_BAND = 16
 SHARED_BYTES = 222 * 1024
 REGISTERS = {1: 240, 2: 232, 3: 152}
 
@@ -172,11 +173,11 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                 at = cta + local * ctas
                 if row_tiles == 1:
                     return 0, at
-                # Row tiles vary fastest: CTAs that run together share their weights in L2.
-                return (
-                    lax.rem(at, jnp.int32(row_tiles)),
-                    lax.div(at, jnp.int32(row_tiles)),
-                )
+                # Row tiles vary fastest, a band of them at a time: what CTAs that run together read stays in L2.
+                band = lax.div(at, jnp.int32(ROW_BAND * column_tiles))
+                height = jnp.minimum(row_tiles - band * ROW_BAND, ROW_BAND)
+                within = at - band * (ROW_BAND * column_tiles)
+                return band * ROW_BAND + lax.rem(within, height), lax.div(within, height)
 
             @pl.when(group == groups)
             def _produce():

@@ -36,9 +36,10 @@ def _kernel(shape, size, dtype, eps, _interpreting):
     def body(x_g, weight_g, y_g):
         row = lax.axis_index("row")
         x = plgpu.load(x_g.at[row], layout=layout).astype(jnp.float32)
+        weight = plgpu.load(weight_g, layout=layout)  # in flight while the row is summed
         total = jnp.sum(x * x)
         inverse = lax.rsqrt((total + size * eps) * (1.0 / size))
-        y_g[row] = ((x * inverse) * plgpu.load(weight_g, layout=layout)).astype(dtype)
+        y_g[row] = ((x * inverse) * weight).astype(dtype)
 
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct(shape, dtype), grid=(shape[0],), grid_names=("row",)

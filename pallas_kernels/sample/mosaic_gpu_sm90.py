@@ -2,9 +2,9 @@
 
 The largest logit → the edge of top-k → the edge of top-p → the largest noisy logit. An edge is found by narrowing the
 ordered bits of x, four bits a launch. Each launch sums, over the elements above 15 thresholds, 1 (top-k) or
-2^((x − max) · log2 e) (top-p), and the next one reads those sums. The order of a sum depends on the row alone: what lies
-above the range that is left was summed before; within it a thread adds its elements of a chunk in ascending id, Mosaic's
-tree adds 128 threads, another one adds chunks.
+2^((x − max) · log2 e) (top-p), and the next one reads those sums. The order of a sum depends on the row alone: what
+lies above the range that is left was summed before; within it a thread adds its elements of a chunk in ascending id,
+Mosaic's tree adds 128 threads, another one adds chunks.
 
 x = logit · (1 / temperature), rounded; noise and ties as `op.sample` says; penalties and logprobs are XLA's program.
 """
