@@ -85,7 +85,8 @@ class LLM:
         SamplingParams(seed=seed)
         use_compile_cache()
         checkpoint = open_checkpoint(model)
-        limit = family_of(checkpoint.config).read_config(checkpoint.config).max_position
+        shape = family_of(checkpoint.config).read_config(checkpoint.config)
+        limit = shape.max_position
         max_model_len = min(limit, 4096) if max_model_len is None else max_model_len
         if max_model_len > limit:
             raise ValueError(f"max_model_len={max_model_len} must be in [2, {limit}], the model's own limit")
@@ -102,7 +103,13 @@ class LLM:
             checkpoint,
             checkpoint.config,
             dtype=DTYPES[dtype],
-            backend=resolve(backend),
+            backend=resolve(
+                backend,
+                dtype=DTYPES[dtype],
+                head_dim=shape.head_dim,
+                num_q_heads=shape.num_q_heads,
+                num_kv_heads=shape.num_kv_heads,
+            ),
             max_model_len=max_model_len,
         )
         self.engine = Engine(
