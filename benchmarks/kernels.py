@@ -1,89 +1,343 @@
-"""Times the Hopper matmul beside XLA's dots and compares its bits across row counts; needs an H200.
+"""Times the Hopper kernels beside XLA's and torch's; needs a Hopper GPU.
 
-    python benchmarks/kernels.py [seconds]
+    python benchmarks/kernels.py OUT [seconds] [section ...]
 
-CUPTI medians; weights rotate so that L2 cannot hold them, and every call has its own x, because XLA merges dots
-that share an operand. One JSON object a line.
+Medians of the kernels' own times (CUPTI), launch gaps left out; "wall" is host time with the gaps. Operands rotate so
+that L2 cannot hold them. Writes OUT/kernels.json and OUT/kernels.png; sections stop when `seconds` are over, the points
+that matter most come first. Run alone on the machine.
 """
 
+import concurrent.futures
 import functools
+import importlib.metadata
 import json
+import os
+import pathlib
 import sys
 import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the card
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
+from pallas_kernels.attention import mosaic_gpu_sm90 as attention
+from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
 from pallas_kernels.matmul.tuning_sm90 import tile
+from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
+from pallas_kernels.rope_cache import mosaic_gpu_sm90 as rope_cache
+from pallas_kernels.rope_cache import xla as rope_cache_xla
+from pallas_kernels.rope_cache.op import rope_table
+from pallas_kernels.sample import mosaic_gpu_sm90 as sample
+from pallas_kernels.sample import xla as sample_xla
 
-SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 24576), "down": (12288, 4096)}
-ROWS = (1, 8, 64, 128, 192, 256, 512, 2048, 8192)
-ODD_SHAPES = ((576, 960), (1000, 1000))
-ODD_ROWS = (1, 2, 7, 8, 9, 63, 64, 65, 100, 130, 256, 513)
-
-
-def median_us(f, xs, ws) -> tuple[float, float]:
-    """(median, spread) of one product, in microseconds."""
-    calls = jax.jit(lambda xs, ws: [f(x, w) for x, w in zip(xs, ws, strict=True)])
-    _, times = profiler.measure(calls, iterations=10 if xs[0].shape[0] <= 512 else 4)(xs, ws)
-    times = np.asarray(times) * 1e3 / len(ws)
-    return float(np.median(times)), float(np.max(times) - np.min(times))
-
-
-def differing_values(k: int, n: int) -> tuple[int, int]:
-    """(values that differ from the 1024-row product, values compared)."""
-    x = jax.random.normal(jax.random.key(1), (1024, k)).astype(jnp.bfloat16)
-    w = (jax.random.normal(jax.random.key(2), (k, n)) * 0.02).astype(jnp.bfloat16)
-    packed = kernel.pack(w)
-    product = jax.jit(functools.partial(kernel.matmul, n=n))
-    full = np.asarray(product(x, packed)).view(np.uint16)
-    differ = compared = 0
-    for rows in ODD_ROWS:
-        got = np.asarray(product(x[:rows], packed)).view(np.uint16)
-        differ, compared = differ + int((got != full[:rows]).sum()), compared + got.size
-    return differ, compared
+SHAPES = {  # Qwen3-8B
+    "qkv": (4096, 6144),
+    "o": (4096, 4096),
+    "gate_up": (4096, 24576),
+    "down": (12288, 4096),
+    "head": (4096, 151936),
+}
+ROWS = (8192, 1, 64, 256, 8, 1024, 2048, 128, 512, 16, 32, 2, 4, 96, 192)
+MOST_HEAD_ROWS = 1024
+L2_BYTES = 60e6
+HEADS, KV_HEADS, DIM, VOCAB = 32, 8, 128, 151936
 
 
-def main(seconds: float) -> None:
+def kernel_times(f, operands, repeats: int) -> list[list[float]]:
+    """Per round over `operands`, a list of argument tuples, the microseconds of every kernel of every call."""
+    jax.block_until_ready([f(*arguments) for arguments in operands])
+    from jax._src.lib import mosaic_gpu  # only where there is a GPU
+
+    cupti = mosaic_gpu._mosaic_gpu_ext
+    cupti._cupti_init()
+    for _ in range(repeats):
+        for arguments in operands:
+            jax.block_until_ready(f(*arguments))
+    times = [ms * 1e3 for _, ms in cupti._cupti_get_timings(True)]
+    kernels = len(times) // repeats
+    if not kernels or len(times) != kernels * repeats:
+        raise RuntimeError(f"{len(times)} kernels in {repeats} rounds")
+    return [times[i * kernels : (i + 1) * kernels] for i in range(repeats)]
+
+
+def gpu_us(f, operands, repeats: int) -> float:
+    """Median over rounds of the GPU time of one call."""
+    return float(np.median([sum(times) for times in kernel_times(f, operands, repeats)])) / len(operands)
+
+
+def wall_us(f, arguments, repeats: int) -> float:
+    """Host time of a call in a row of calls."""
+    jax.block_until_ready(f(*arguments))
+    start = time.perf_counter()
+    out = None
+    for _ in range(repeats):
+        out = f(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / repeats * 1e6
+
+
+def normal(seed: int, *shape, scale=1.0, dtype=jnp.bfloat16):
+    draw = jax.jit(lambda key: (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype))
+    return draw(jax.random.key(seed))
+
+
+def copy():
+    x = normal(0, 2**29)
+    us = gpu_us(jax.jit(lambda x: -x), [(x,)], 5)
+    yield {"op": "copy", "GB": 2 * x.nbytes / 1e9, "us": us, "TB/s": 2 * x.nbytes / us / 1e6}
+
+
+def products():
+    weights = {}
+    for name, (k, n) in SHAPES.items():
+        copies = 1 if name == "head" else int(2 * L2_BYTES // (k * n * 2)) + 2
+        ws = [normal(i, k, n, scale=0.02) for i in range(copies)]
+        weights[name] = ws, [jax.jit(matmul.pack)(w) for w in ws], [jnp.asarray(w.T) for w in ws]
+
+    def compiled(name, m):
+        (k, n), packed = SHAPES[name], weights[name][1]
+        x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+        return jax.jit(functools.partial(matmul.matmul, n=n)).lower(x, packed[0]).compile()
+
+    points = [(m, name) for m in ROWS for name in SHAPES if name != "head" or m <= MOST_HEAD_ROWS]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        ready = {point: threads.submit(compiled, point[1], point[0]) for point in points}
+        try:
+            for m, name in points:
+                (k, n), (ws, packed, turned) = SHAPES[name], weights[name]
+                xs = [normal(9 + i, m, k) for i in range(len(ws))]
+                repeats = 7 if m <= 1024 else 3
+                ours = gpu_us(ready[m, name].result(), list(zip(xs, packed, strict=True)), repeats)
+                plain = gpu_us(jax.jit(jnp.dot), list(zip(xs, ws, strict=True)), repeats)
+                transposed = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+                other = gpu_us(transposed, list(zip(xs, turned, strict=True)), repeats)
+                yield {
+                    "op": "matmul",
+                    "shape": name,
+                    "M": m,
+                    "us": ours,
+                    "dot us": plain,
+                    "dot, transposed us": other,
+                    "ratio": min(plain, other) / ours,
+                    "TFLOP/s": 2 * m * n * k / ours / 1e6,
+                    "TB/s": k * n * 2 / ours / 1e6,
+                    "tile": str(tile(m, k, n)),
+                }
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _pages(count: int, head_dim: int = DIM):
+    shape = count, KV_HEADS, 128, head_dim
+    return normal(1, *shape), normal(2, *shape)
+
+
+def decode():
+    for batch, length in ((1, 8192), (1, 32768), (64, 4096), (8, 8192), (256, 1024)):
+        pages = length // 128
+        pools = _pages(batch * pages + 1)
+        tables = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages) + 1
+        arguments = (
+            normal(0, batch, HEADS, DIM),
+            *pools,
+            jnp.asarray(tables, jnp.int32),
+            jnp.arange(batch + 1, dtype=jnp.int32),
+            jnp.full(batch, length, jnp.int32),
+        )
+        options = {"scale": DIM**-0.5, "window": None, "soft_cap": None, "max_query_len": 1}
+        call = jax.jit(functools.partial(attention.attention, **options))
+        # The two kernels are the longest; the rest builds the work list, once a step for all layers.
+        rounds = [sorted(times, reverse=True) for times in kernel_times(call, [arguments], 15)]
+        ours, lists = ([sum(times[part]) for times in rounds] for part in (slice(0, 2), slice(2, None)))
+        us, size = float(np.median(ours)), batch * length * KV_HEADS * DIM * 4
+        row = {"op": "decode", "batch": batch, "keys": length, "us": us, "TB/s": size / us / 1e6}
+        yield row | {"work list us": float(np.median(lists)), "work list kernels": len(rounds[0]) - 2}
+
+
+def prefill():
+    for length, head_dim in ((2048, 128), (8192, 128), (32768, 128), (8192, 64), (8192, 256)):
+        pages = length // 128
+        arguments = (
+            normal(0, length, HEADS, head_dim),
+            *_pages(pages + 1, head_dim),
+            jnp.asarray(np.random.default_rng(0).permutation(pages)[None] + 1, jnp.int32),
+            jnp.array([0, length], jnp.int32),
+            jnp.array([length], jnp.int32),
+        )
+        options = {"scale": head_dim**-0.5, "window": None, "soft_cap": None, "max_query_len": length}
+        us = gpu_us(jax.jit(functools.partial(attention.attention, **options)), [arguments], 5)
+        q, k, v = (normal(i, 1, length, h, head_dim) for i, h in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+        dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        row = {"op": "prefill", "keys": length, "head_dim": head_dim, "us": us}
+        row["TFLOP/s"] = 2 * length**2 * HEADS * head_dim / us / 1e6
+        if head_dim <= 128:
+            row["cuDNN us"] = gpu_us(jax.jit(dense), [(q, k, v)], 5)
+            row["ratio"] = row["cuDNN us"] / us
+        yield row
+
+
+def torch_attention():
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for length in (2048, 8192, 32768):
+        q, k, v = (torch.randn(1, HEADS, length, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        row = {"op": "torch sdpa, 32 KV heads", "keys": length}
+        for name, backend in (
+            ("cuDNN us", SDPBackend.CUDNN_ATTENTION),
+            ("Flash us", SDPBackend.FLASH_ATTENTION),
+        ):
+            with sdpa_kernel(backend):
+                call = functools.partial(
+                    torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True
+                )
+                call()
+                times = []
+                for _ in range(5):
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    call()
+                    end.record()
+                    end.synchronize()
+                    times.append(begin.elapsed_time(end) * 1e3)
+                row[name] = float(np.median(times))
+        yield row
+
+
+def norms():
+    size = 4096
+    for rows in (1, 64, 1024, 8192):
+        copies = min(8, int(2 * L2_BYTES // (rows * size * 2)) + 1)
+        weight = normal(3, size, dtype=jnp.float32)
+        operands = [(normal(i, rows, size), weight) for i in range(copies)]
+
+        def plain(x, weight):
+            wide = x.astype(jnp.float32)
+            mean = jnp.mean(wide * wide, axis=1, keepdims=True)
+            return (wide * jax.lax.rsqrt(mean + 1e-6) * weight).astype(x.dtype)
+
+        us = gpu_us(jax.jit(functools.partial(rms_norm.rms_norm, eps=1e-6)), operands, 15)
+        row = {"op": "rms_norm", "rows": rows, "us": us, "XLA us": gpu_us(jax.jit(plain), operands, 15)}
+        yield row | {"TB/s": 4 * rows * size / us / 1e6}
+
+
+def rope():
+    table = jnp.asarray(rope_table(1e6 ** (-2 * np.arange(DIM // 2) / DIM), 40960))
+    norm = normal(3, DIM, dtype=jnp.float32)
+    for tokens in (1, 64, 256, 2048, 8192):
+        rng = np.random.default_rng(0)
+        pages = tokens // 128 + 2
+        qkv = normal(0, tokens, (HEADS + 2 * KV_HEADS) * DIM)
+        positions = jnp.asarray(rng.integers(0, 40960, tokens), jnp.int32)
+        slots = jnp.asarray(rng.permutation(pages * 128)[:tokens], jnp.int32)
+        row = {"op": "rope_cache", "tokens": tokens}
+        for name, op in (("us", rope_cache), ("XLA us", rope_cache_xla)):
+            call = functools.partial(op.rope_cache, num_q_heads=HEADS, num_kv_heads=KV_HEADS, eps=1e-6)
+            call = jax.jit(functools.partial(call, q_norm=norm, k_norm=norm), donate_argnums=(1, 2))
+            cache = list(_pages(pages))
+
+            def step(qkv, *where, call=call, cache=cache):
+                q, *cache[:] = call(qkv, *cache, *where)
+                return q
+
+            rounds = kernel_times(step, [(qkv, table, positions, slots)], 11)
+            row[name] = float(np.median([sum(times) for times in rounds]))
+            row[name.replace("us", "launches")] = len(rounds[0])
+        size = tokens * (2 * (HEADS + 2 * KV_HEADS) * DIM * 2 + DIM * 4)
+        yield row | {"TB/s": size / row["us"] / 1e6}
+
+
+def draws():
+    from bits import sampling_rows
+
+    ours, theirs = jax.jit(sample.sample), jax.jit(sample_xla.sample)
+    for batch in (1, 64, 256):
+        logits = normal(0, batch, VOCAB, scale=3.0, dtype=jnp.float32)
+        reading = gpu_us(jax.jit(lambda x: jnp.max(x, axis=1)), [(logits,)], 5)
+        for kind in ("top-p", "all of it", "greedy"):
+            over = {"temperature": jnp.full(batch, 0.0 if kind == "greedy" else 0.8)}
+            over |= {"top_k": jnp.full(batch, 0 if kind == "all of it" else 50, jnp.int32)}
+            over |= {"top_p": jnp.full(batch, 1.0 if kind == "all of it" else 0.9), "min_p": jnp.zeros(batch)}
+            if kind == "top-p":
+                over["top_k"] = jnp.zeros(batch, jnp.int32)
+            arguments = logits, sampling_rows(batch, **over)
+            row = {"op": "sample", "batch": batch, "kind": kind, "reading us": reading}
+            row |= {"us": gpu_us(ours, [arguments], 5), "wall us": wall_us(ours, arguments, 10)}
+            if kind == "top-p" or batch == 256:
+                row["XLA wall us"] = wall_us(theirs, arguments, 2)
+            yield row
+
+
+SECTIONS = {
+    "copy": copy,
+    "rope": rope,
+    "norms": norms,
+    "decode": decode,
+    "draws": draws,
+    "prefill": prefill,
+    "products": products,
+    "torch": torch_attention,
+}
+
+
+def speeds(rows):
+    """(label, speed with the baseline's as 1) of every row that has a baseline."""
+    for row in rows:
+        match row.get("op"):
+            case "rope_cache":
+                yield f"q/k norm, RoPE, cache write, {row['tokens']} tokens / XLA", row["XLA us"] / row["us"]
+            case "rms_norm":
+                yield f"RMSNorm, {row['rows']} rows / XLA", row["XLA us"] / row["us"]
+            case "sample" if "XLA wall us" in row:
+                label = f"sampling, {row['kind']}, batch {row['batch']} / XLA"
+                yield label, row["XLA wall us"] / row["wall us"]
+            case "prefill" if "ratio" in row:
+                yield f"prefill, {row['keys']} keys of {row['head_dim']} / cuDNN", row["ratio"]
+            case "matmul":
+                yield f"matmul {row['shape']}, M = {row['M']} / jnp.dot", row["ratio"]
+
+
+def plot(rows, path) -> None:
+    """One bar for every row of `speeds`."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    bars = list(speeds(rows))[::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.24 * len(bars) + 1))
+    axes.barh(*zip(*bars, strict=True))
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel="speed, baseline = 1", title=rows[0]["device"])
+    axes.margins(y=0.01)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main(out: pathlib.Path, seconds: float, names) -> None:
     start = time.time()
     assert jax.default_backend() == "gpu", "benchmarks need a GPU"
-    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__}), flush=True)
-    for k, n in ODD_SHAPES:
-        differ, compared = differing_values(k, n)
-        print(json.dumps({"bits": [k, n], "differ": differ, "compared": compared}), flush=True)
-    for name, (k, n) in SHAPES.items():
-        copies = max(2, int(3e8 // (k * n * 2)) + 1)
-        ws = [
-            jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) * jnp.bfloat16(0.02)
-            for i in range(copies)
-        ]
-        packed, transposed = [jax.jit(kernel.pack)(w) for w in ws], [jnp.array(w.T) for w in ws]
-        for rows in ROWS:
-            if time.time() - start > seconds:
-                return
-            xs = [jax.random.normal(jax.random.key(9 + i), (rows, k), jnp.bfloat16) for i in range(copies)]
-            ours, spread = median_us(functools.partial(kernel.matmul, n=n), xs, packed)
-            plain, _ = median_us(jnp.dot, xs, ws)
-            turned, _ = median_us(
-                lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))), xs, transposed
-            )
-            row = {
-                "shape": name,
-                "M": rows,
-                "us": ours,
-                "spread": spread,
-                "dot": plain,
-                "dot_transposed": turned,
-            }
-            row |= {"ratio": min(plain, turned) / ours, "tile": str(tile(rows, k, n))}
-            print(
-                json.dumps({a: round(b, 3) if isinstance(b, float) else b for a, b in row.items()}),
-                flush=True,
-            )
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    rows = [{"device": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d")} | versions]
+    print(json.dumps(rows[0]), flush=True)
+    for name in names or SECTIONS:
+        try:
+            section = SECTIONS[name]()
+            for row in section:
+                rows.append(row)
+                shown = {a: float(f"{b:.4g}") if isinstance(b, float) else b for a, b in row.items()}
+                print(json.dumps(shown, ensure_ascii=False), flush=True)
+                (out / "kernels.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+                if time.time() - start > seconds:
+                    section.close()
+                    break
+        except Exception as problem:  # a failed section must not cost the others their turn
+            print(json.dumps({"section": name, "failed": f"{problem!r:.800}"}), flush=True)
+        print(json.dumps({"section": name, "s": round(time.time() - start, 1)}), flush=True)
+    if list(speeds(rows)):
+        plot(rows, out / "kernels.png")
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 600.0)
+    main(pathlib.Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 600.0, sys.argv[3:])

@@ -1,0 +1,289 @@
+"""Compares the bits of the Hopper kernels across batch sizes, positions, chunks and neighbours; needs a Hopper GPU.
+
+    python benchmarks/bits.py [section ...]
+
+One JSON object a line: values compared, values that differ, relative error against float64. Exits 1 if any differ.
+"""
+
+import concurrent.futures
+import functools
+import json
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import mosaic_gpu_sm90 as attention
+from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
+from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
+from pallas_kernels.rope_cache import mosaic_gpu_sm90 as rope_cache
+from pallas_kernels.rope_cache import xla as rope_cache_xla
+from pallas_kernels.rope_cache.op import rope_table
+from pallas_kernels.sample import mosaic_gpu_sm90 as sample
+from pallas_kernels.sample import xla as sample_xla
+from pallas_kernels.sample.op import SamplingRows
+
+HOSTILE = jnp.array([jnp.nan, jnp.inf, 1e30, -jnp.inf], jnp.bfloat16)
+
+
+class Tally:
+    """Counts values and differing values; bits, not numbers."""
+
+    def __init__(self):
+        self.compared = self.differ = 0
+
+    def __call__(self, got, want):
+        got, want = (np.ascontiguousarray(x) for x in (got, want))
+        unsigned = np.dtype(f"u{got.itemsize}")
+        self.compared += got.size
+        self.differ += int((got.view(unsigned) != want.view(unsigned)).sum())
+
+    def row(self, **what):
+        return what | {"compared": self.compared, "differ": self.differ}
+
+
+def error(got, exact) -> float:
+    """‖got − exact‖ / ‖exact‖."""
+    return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
+
+
+def rope(head_dim: int, q_heads: int, kv_heads: int, normed: bool):
+    rng, tokens, pages = np.random.default_rng(head_dim), 700, 12
+    table = jnp.asarray(rope_table(1e4 ** (-2 * np.arange(head_dim // 2) / head_dim), 4096))
+    qkv = jnp.asarray(rng.normal(size=(tokens, (q_heads + 2 * kv_heads) * head_dim)), jnp.bfloat16)
+    pool = jnp.asarray(rng.normal(size=(pages, kv_heads, 128, head_dim)), jnp.bfloat16)
+    positions = jnp.asarray(rng.integers(0, 4096, tokens), jnp.int32)
+    slots = jnp.asarray(rng.permutation(np.arange(128, pages * 128))[:tokens], jnp.int32)
+    norms = (
+        [jnp.asarray(rng.normal(size=head_dim), jnp.float32) for _ in range(2)] if normed else [None, None]
+    )
+
+    def run(op, qkv, positions, slots):
+        call = functools.partial(op, num_q_heads=q_heads, num_kv_heads=kv_heads, eps=1e-6)
+        call = jax.jit(functools.partial(call, q_norm=norms[0], k_norm=norms[1]))
+        q, k, v = (np.asarray(x) for x in call(qkv, pool, pool, table, positions, slots))
+        page, offset = np.divmod(np.asarray(slots), 128)
+        return (q, k[page, :, offset], v[page, :, offset]), (k, v)
+
+    tally = Tally()
+    whole, pools = run(rope_cache.rope_cache, qkv, positions, slots)
+    for start, count in ((0, 1), (699, 1), (17, 2), (40, 63), (100, 256)):
+        rows = slice(start, start + count)
+        part, _ = run(rope_cache.rope_cache, qkv[rows], positions[rows], slots[rows])
+        for got, want in zip(part, whole, strict=True):
+            tally(got, want[rows])
+    hostile = qkv.at[::2].set(jnp.resize(HOSTILE, (tokens // 2, 1)))
+    for got, want in zip(run(rope_cache.rope_cache, hostile, positions, slots)[0], whole, strict=True):
+        tally(got[1::2], want[1::2])
+    untouched = np.ones(pages * 128, bool)
+    untouched[np.asarray(slots)] = False
+    for got in pools:
+        rows = got.transpose(0, 2, 1, 3).reshape(pages * 128, -1)
+        tally(rows[untouched], np.asarray(pool).transpose(0, 2, 1, 3).reshape(rows.shape)[untouched])
+    theirs, _ = run(rope_cache_xla.rope_cache, qkv, positions, slots)
+    same = Tally()
+    for got, want in zip(whole, theirs, strict=True):
+        same(got, want)
+    x = np.asarray(qkv, np.float64).reshape(tokens, -1, head_dim)[:, :q_heads]
+    if normed:
+        x = x / np.sqrt((x**2).mean(axis=2, keepdims=True) + 1e-6) * np.asarray(norms[0], np.float64)
+    cos, sin = np.split(np.asarray(table, np.float64)[np.asarray(positions)][:, None], 2, axis=2)
+    a, b = np.split(x, 2, axis=2)
+    exact = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
+    name = {"head_dim": head_dim, "heads": [q_heads, kv_heads], "norm": normed, "unlike xla": same.differ}
+    return tally.row(op="rope_cache", **name, error=error(whole[0], exact))
+
+
+def attend(head_dim: int, heads: int, kv_heads: int, length: int, **option):
+    keys, count = jax.random.split(jax.random.key(0), 3), -(-length // 128)
+    q = (jax.random.normal(keys[0], (length, heads, head_dim)) * 2).astype(jnp.bfloat16)
+    order = np.random.default_rng(0).permutation(count + 3)[:count]
+    pools, plain = [], []
+    for key in keys[1:]:
+        values = jax.random.normal(key, (length, kv_heads, head_dim)).astype(jnp.bfloat16)
+        padded = jnp.full((count * 128, kv_heads, head_dim), jnp.nan, jnp.bfloat16).at[:length].set(values)
+        pool = jnp.full((count + 3, kv_heads, 128, head_dim), jnp.nan, jnp.bfloat16)
+        pools.append(pool.at[order].set(padded.reshape(count, 128, kv_heads, head_dim).transpose(0, 2, 1, 3)))
+        plain.append(np.repeat(np.asarray(values, np.float64), heads // kv_heads, axis=1))
+
+    def run(q, lens, counts, longest):
+        tables = jnp.tile(jnp.asarray(order, jnp.int32)[None], (len(lens), 1))
+        starts = jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32)
+        settings = {"scale": 0.1, "window": None, "soft_cap": None} | option
+        call = functools.partial(attention.attention, **settings, max_query_len=longest)
+        return np.asarray(jax.jit(call)(q, *pools, tables, starts, jnp.asarray(lens, jnp.int32)))
+
+    tally = Tally()
+    whole = run(q, [length], [length], length)
+    at = np.unique(np.clip([0, 1, 127, 128, 129, 511, 512, 513, 640, 1023, 1024, length - 1], 0, length - 1))
+    tally(run(q[at], at + 1, [1] * len(at), 1), whole[at])
+    tally(run(q[-1:], [length], [1], 1), whole[-1:])
+    for start in (0, 333, 512):
+        tally(run(q[start : start + 100], [start + 100], [100], 100), whole[start : start + 100])
+    mixed = jnp.concatenate([jnp.full((40, heads, head_dim), jnp.nan, jnp.bfloat16), q[-60:]])
+    tally(run(mixed, [length, length], [40, 60], 60)[40:], whole[-60:])
+    out = []
+    for i in at:
+        seen = slice(max(0, i + 1 - option.get("window", length)), i + 1)
+        scores = np.einsum("hd,khd->hk", np.asarray(q[i], np.float64), plain[0][seen]) * 0.1
+        if cap := option.get("soft_cap"):
+            scores = np.tanh(scores / cap) * cap
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        out.append(np.einsum("hk,khd->hd", p / p.sum(axis=1, keepdims=True), plain[1][seen]))
+    name = {"head_dim": head_dim, "heads": [heads, kv_heads], "length": length, "option": option}
+    return tally.row(op="attention", **name, error=error(whole[at], np.stack(out)))
+
+
+def product(k: int, n: int, most: int):
+    x = jax.random.normal(jax.random.key(1), (most, k)).astype(jnp.bfloat16)
+    w = (jax.random.normal(jax.random.key(2), (k, n)) * 0.02).astype(jnp.bfloat16)
+    run, packed = jax.jit(functools.partial(matmul.matmul, n=n)), matmul.pack(w)
+    tally, full = Tally(), np.asarray(run(x, packed))
+    for rows in (1, 2, 7, 8, 9, 63, 64, 65, 100, 130, 256, 513, 2500):
+        if rows < most:
+            tally(np.asarray(run(x[:rows], packed)), full[:rows])
+    tally(np.asarray(run(x.at[1::2].set(jnp.nan), packed))[::2], full[::2])
+    exact = np.asarray(x[:8], np.float64) @ np.asarray(w, np.float64)
+    return tally.row(op="matmul", K=k, N=n, M=most, error=error(full[:8], exact))
+
+
+def normalise(size: int):
+    x = jax.random.normal(jax.random.key(1), (1000, size)).astype(jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(2), (size,))
+    run = jax.jit(functools.partial(rms_norm.rms_norm, eps=1e-6))
+    tally, full = Tally(), np.asarray(run(x, weight))
+    for rows in (1, 2, 3, 8, 64, 257):
+        tally(np.asarray(run(x[:rows], weight)), full[:rows])
+    tally(np.asarray(run(x.at[1::2].set(jnp.nan), weight))[::2], full[::2])
+    wide = np.asarray(x, np.float64)
+    exact = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-6) * np.asarray(weight, np.float64)
+    return tally.row(op="rms_norm", H=size, error=error(full, exact))
+
+
+def sampling_rows(count: int, **over) -> SamplingRows:
+    """Rows with every mix of temperature, top-k, top-p and min-p."""
+    rng = np.random.default_rng(0)
+    of = lambda dtype, *values: jnp.asarray(np.resize(values, count), dtype)  # noqa: E731
+    none = jnp.zeros((count, 0), jnp.int32)
+    fields = {
+        "temperature": of(jnp.float32, 0, 0.7, 1, 1.3, 1, 2, 0.2),
+        "top_k": of(jnp.int32, 0, 0, 5, 40, 1000),
+        "top_p": of(jnp.float32, 0.9, 1, 0.5, 0.95, 0.99, 0.999, 1, 0.1, 0.8),
+        "min_p": of(jnp.float32, 0, 0, 0, 0.05),
+        "seed": jnp.asarray(rng.integers(0, 2**32, (count, 2)), jnp.uint32),
+        "sample_index": of(jnp.int32, 0, 1, 2),
+        "position": jnp.arange(count, dtype=jnp.int32),
+        "repetition_penalty": jnp.ones(count),
+        "presence_penalty": jnp.zeros(count),
+        "frequency_penalty": jnp.zeros(count),
+        "adjusted_ids": none,
+        "adjusted_bias": none.astype(jnp.float32),
+        "seen": none.astype(bool),
+        "output_counts": none,
+    }
+    return SamplingRows(**fields | over)
+
+
+def draw(vocab: int, count: int):
+    logits = jax.random.normal(jax.random.key(0), (count, vocab)) * 3
+    logits = logits.at[::3].set(jnp.round(logits[::3] * 4) / 4)  # many ties
+    rows, tally = sampling_rows(count), Tally()
+
+    tokens_of, peak_of = jax.jit(sample.sample), jax.jit(functools.partial(jnp.max, axis=1))
+    edges_of = jax.jit(lambda logits, peak, rows: sample.edges(logits, peak, rows)[1:])
+
+    def run(logits, rows):
+        return jax.tree.map(np.asarray, (tokens_of(logits, rows), edges_of(logits, peak_of(logits), rows)))
+
+    (tokens, usable), edges = run(logits, rows)
+    for index in ([0], [count - 1], [5], [3], [40]):
+        at = np.array(index)
+        got = run(logits[at], jax.tree.map(lambda x, at=at: x[at], rows))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(((tokens, usable), edges)), strict=True):
+            tally(a, b[at])
+    (beside, finite), others = run(logits.at[::2].set(jnp.nan), rows)
+    tally(beside[1::2], tokens[1::2])
+    for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(edges), strict=True):
+        tally(a[1::2], b[1::2])
+    theirs, _ = jax.jit(sample_xla.sample)(logits[:48], jax.tree.map(lambda x: x[:48], rows))
+    flags = bool(usable.all() and (finite == (np.arange(count) % 2 == 1)).all())
+    unlike = int((np.asarray(theirs) != tokens[:48]).sum())
+    return tally.row(op="sample", V=vocab, S=count, usable_right=flags) | {
+        "tokens of 48 unlike xla's": unlike
+    }
+
+
+def whole_step():
+    """A tiny Qwen3, requests run alone against the same in one batch: tokens and logits."""
+    from jaxdet import LLM, SamplingParams
+    from jaxdet.testing import write_tiny_model
+
+    folder = write_tiny_model(f"{tempfile.mkdtemp()}/model", "qwen3", head_dim=64)
+    llm = LLM(folder, dtype="bfloat16", max_num_seqs=8, max_model_len=1024, keep_logits=True)
+    rng = np.random.default_rng(0)
+    prompts = [
+        {"prompt_token_ids": rng.integers(0, 256, n).tolist()} for n in (1, 700, 33, 130, 5, 260, 64, 9)
+    ]
+    params = [
+        SamplingParams(max_tokens=24, temperature=t, top_p=p, top_k=k, seed=i, ignore_eos=True)
+        for i, (t, p, k) in enumerate([(0, 1, 0), (0.8, 0.9, 0), (1, 1, 20), (1.5, 0.95, 50)] * 2)
+    ]
+    together, tally = llm.generate(prompts, params, use_tqdm=False), Tally()
+    for i in range(4):
+        alone = llm.generate(prompts[i], params[i], use_tqdm=False)[0].outputs[0]
+        other = together[i].outputs[0]
+        tally(np.array(alone.token_ids), np.array(other.token_ids))
+        tally(np.stack(alone.logits), np.stack(other.logits))
+    return tally.row(op="tiny Qwen3, alone against batch of 8", backend=llm.engine.step_fn.backend)
+
+
+SECTIONS = {
+    "rope": [
+        functools.partial(rope, *shape)
+        for shape in (
+            (128, 32, 8, True),
+            (128, 32, 8, False),
+            (128, 8, 8, True),
+            (96, 32, 32, False),
+            (64, 9, 3, True),  # XLA's program from here on
+            (96, 8, 2, True),
+            (256, 4, 1, True),
+        )
+    ],
+    "sample": [functools.partial(draw, 151936, 96)],
+    "attention": [
+        functools.partial(attend, 128, 32, 8, 1300),
+        functools.partial(attend, 64, 9, 3, 1300),
+        functools.partial(attend, 128, 8, 2, 1300, window=200),
+        functools.partial(attend, 128, 8, 2, 700, soft_cap=30.0),
+        functools.partial(attend, 96, 4, 4, 700),
+        functools.partial(attend, 256, 4, 1, 700, window=300),
+        functools.partial(attend, 256, 8, 4, 700),
+    ],
+    "matmul": [functools.partial(product, 576, 960, 3000), functools.partial(product, 4096, 6144, 4100)],
+    "step": [whole_step],
+    "rms_norm": [functools.partial(normalise, size) for size in (576, 4096)],
+}
+
+
+def main(names) -> int:
+    assert jax.default_backend() == "gpu", "needs a Hopper GPU"
+    print(json.dumps({"device": jax.devices()[0].device_kind, "jax": jax.__version__}), flush=True)
+    start, failed = time.time(), 0
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # compiling takes longest
+        jobs = {pool.submit(job): name for name in names or SECTIONS for job in SECTIONS[name]}
+        for job in concurrent.futures.as_completed(jobs):
+            try:
+                row = job.result()
+                failed += row["differ"]
+            except Exception as problem:
+                row, failed = {"failed": jobs[job], "why": f"{problem!r:.600}"}, failed + 1
+            print(json.dumps(row | {"s": round(time.time() - start, 1)}), flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
