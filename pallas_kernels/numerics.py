@@ -7,7 +7,7 @@ What may vary freely with the shape (row tiles, warps, stages) lives in each op'
 NUMERICS_VERSION = 1
 """Version of the bits. Two builds with the same version, weights, dtype and backend family agree bit for bit."""
 
-K_CHUNK = 512
+K_CHUNK = 768
 """xla matmul: K is cut into ceil(K / K_CHUNK) equal chunks; each is summed in ascending k, chunks ascending."""
 
 COLUMN_BLOCK = 64

@@ -1,6 +1,6 @@
 """Matrix products through XLA's own dots, with one summation order (any CPU, any GPU without its own kernels).
 
-Order, per output: K is cut into c = ceil(K / 512) equal chunks (the last padded with zeros); inside a chunk
+Order, per output: K is cut into c = ceil(K / 768) equal chunks (the last padded with zeros); inside a chunk
 products accumulate in ascending k in float32; chunk sums add up in ascending order. Two ways to get it:
 
 * Where the row count provably cannot change a dot's order (`backend.rows_are_free`), weights are stored as
