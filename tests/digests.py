@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_digests
 
 from jaxdet import LLM, NUMERICS_VERSION, SamplingParams
 from jaxdet.checkpoints import open_checkpoint
@@ -101,7 +102,11 @@ def update() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = {family: write_tiny_model(Path(folder) / family, family) for family in FAMILIES}
         found = {f"{f}/{dtype}": digests(path, dtype) for f, path in models.items() for dtype in DTYPES}
-    golden[platform_key()] = {"numerics_version": NUMERICS_VERSION, "models": found}
+    golden[platform_key()] = {
+        "numerics_version": NUMERICS_VERSION,
+        "models": found,
+        "ops": op_digests.digests(),
+    }
     GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     print(f"recorded {platform_key()} in {GOLDEN}")
 
