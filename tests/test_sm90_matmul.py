@@ -54,6 +54,15 @@ def test_gated_product_is_close_to_float64():
     assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
 
 
+@pytest.mark.interpret
+def test_more_steps_than_stages_are_close_to_float64():
+    x, w, _ = _operands(3, k=1024, n=64)
+    with gpu_interpreter():
+        y = kernel.matmul(x, kernel.pack(w), n=64, tile=Tile(64, 64))
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+
+
 def test_pack_round_trips_and_looks_up_columns():
     w = np.arange(100 * 70, dtype=np.float32).reshape(100, 70)
     packed = kernel.pack(w)

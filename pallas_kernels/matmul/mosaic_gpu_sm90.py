@@ -127,6 +127,7 @@ def _product(x, packed, *, bias=None, residual=None, activation=None, out_dtype=
         bias is not None,
         residual is not None,
         activation,
+        interpreting(),
     )
     return call(x, packed, *extra)
 
@@ -140,7 +141,7 @@ def _transforms(columns: int, itemsize: int):
 
 
 @functools.cache
-def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residual, activation):
+def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residual, activation, interpreted):
     rows, k = x_shape
     depth = tile.depth if k % tile.depth == 0 else K_BLOCK
     groups, group_rows = tile.row_groups, tile.rows // tile.row_groups
@@ -218,6 +219,13 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                     return ()
 
                 lax.fori_loop(0, count, each_tile, ())
+                if interpreted:  # the interpreter wants every barrier's last phase seen
+
+                    def drain(step, _):
+                        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+                        return ()
+
+                    lax.fori_loop(jnp.maximum(count * steps - stages, 0), count * steps, drain, ())
 
             @pl.when(group < groups)
             def _consume():
