@@ -15,7 +15,7 @@ setup: .venv/.ready
 	@set -e; python="$(PYTHON)"; [ -n "$$python" ] || python=$$(scripts/find_python.sh); \
 	echo "Setting up .venv with $$($$python --version)"; $$python -m venv .venv
 	@echo "Installing the locked packages"
-	@$(BIN)/python -m pip install --progress-bar on -q --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --progress-bar on --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -23,9 +23,7 @@ demo: setup
 	@$(BIN)/jaxdet demo
 
 check: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 test: check
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"

@@ -40,7 +40,9 @@ def run_demo(console: Console) -> bool:
     for prompt in PROMPTS:
         console.print(f"[bold cyan]> {prompt}")
         params = SamplingParams(temperature=0, max_tokens=48)
-        with Live(Text("…"), console=console, refresh_per_second=10) as live:
+        with Live(
+            Text("compiling for this machine…" if began else "…"), console=console, refresh_per_second=10
+        ) as live:
             for output in llm.stream(llm.chat_prompt([{"role": "user", "content": prompt}]), params):
                 if began:
                     console.print(f"[dim](first token after {time.monotonic() - began:.1f} s)")

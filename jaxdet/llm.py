@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jaxdet.checkpoints import open_checkpoint
+from jaxdet.checkpoints import Checkpoint, open_checkpoint
 from jaxdet.engine.compile_cache import use_compile_cache
 from jaxdet.engine.digest import weights_digest
 from jaxdet.engine.engine import Engine
@@ -99,19 +99,27 @@ class LLM:
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.tokenizer = checkpoint.tokenizer()
-        network = build_model(
-            checkpoint,
-            checkpoint.config,
-            dtype=DTYPES[dtype],
-            backend=resolve(
-                backend,
-                dtype=DTYPES[dtype],
-                head_dim=shape.head_dim,
-                num_q_heads=shape.num_q_heads,
-                num_kv_heads=shape.num_kv_heads,
-            ),
-            max_model_len=max_model_len,
+        bar = tqdm(
+            total=len(checkpoint.tensors),
+            desc=f"Loading {self.name}",
+            unit="tensor",
+            disable=None,
+            leave=False,
         )
+        with bar:
+            network = build_model(
+                _Watched(checkpoint, bar),
+                checkpoint.config,
+                dtype=DTYPES[dtype],
+                backend=resolve(
+                    backend,
+                    dtype=DTYPES[dtype],
+                    head_dim=shape.head_dim,
+                    num_q_heads=shape.num_q_heads,
+                    num_kv_heads=shape.num_kv_heads,
+                ),
+                max_model_len=max_model_len,
+            )
         self.engine = Engine(
             network,
             salt=weights_digest(nnx.state(network)),
@@ -273,6 +281,18 @@ class LLM:
                 f"prompt={prompt!r} must be text, a list of token ids, or a dictionary of either"
             )
         return None, prompt
+
+
+class _Watched:
+    """A checkpoint whose reads move a progress bar."""
+
+    def __init__(self, checkpoint: Checkpoint, bar: tqdm):
+        self._checkpoint, self._bar = checkpoint, bar
+
+    def read(self, name: str) -> np.ndarray:
+        value = self._checkpoint.read(name)
+        self._bar.update()
+        return value
 
 
 class _Request:
