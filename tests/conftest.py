@@ -23,3 +23,17 @@ def tiny_model() -> Path:
 def references() -> Path:
     """The folder of transformers' logits; its README says what is in it."""
     return REFERENCES
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    """The demo model's name, once its file is there; without a network its tests can't run, which CI doesn't accept."""
+    from jaxdet.checkpoints import demo  # only now: JAX reads its platform when it is imported
+
+    try:
+        demo.fetch_demo_model()
+    except OSError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the demo model could not be fetched: {error}")
+    return demo.NAME

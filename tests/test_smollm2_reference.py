@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxdet import LLM, SamplingParams
-from jaxdet.checkpoints import demo
 
 LOGIT_STEPS = (0, 1, 31)
 """The output tokens whose logits the reference holds."""
@@ -16,12 +15,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def llm():
-    try:
-        demo.fetch_demo_model()
-    except OSError as error:
-        pytest.skip(f"the demo model could not be fetched: {error}")
-    return LLM(demo.NAME, dtype="float32", max_num_seqs=8, max_model_len=1024, keep_logits=True)
+def llm(demo_model):
+    return LLM(demo_model, dtype="float32", max_num_seqs=8, max_model_len=1024, keep_logits=True)
 
 
 @pytest.fixture(scope="module")

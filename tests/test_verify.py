@@ -35,6 +35,7 @@ def test_certifies(tmp_path):
     assert list(tmp_path.glob("*.part")) == []
 
 
+@pytest.mark.slow
 def test_catches_a_plain_matmul(tmp_path, monkeypatch):
     """Negative control: with XLA's own dots in place of the kernel's, verification fails."""
 
@@ -67,5 +68,13 @@ def test_nothing_compared_is_no_success(tmp_path):
 
 
 def test_model_must_hold_the_reference(tmp_path):
-    with pytest.raises(ValueError, match="max_model_len=256"):
+    with pytest.raises(ValueError, match="max_model_len=512"):
         verify(write_tiny_model(tmp_path / "tiny", max_position_embeddings=128), progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_certifies_the_demo_model(demo_model):
+    report = verify(demo_model, progress=False)
+    assert report.ok, rendered(report)
+    assert all(c.differing for c in report.control), rendered(report)

@@ -10,15 +10,11 @@ from jaxdet.checkpoints import open_checkpoint
 from jaxdet.llm import LLM
 from jaxdet.verify.cases import request_cases, restart_case, step_cases
 from jaxdet.verify.control import control_cases
-from jaxdet.verify.probe import POOL, Probe
+from jaxdet.verify.probe import MODEL_LEN, POOL, Probe
 from jaxdet.verify.report import Case, Report, environment
 from jaxdet.verify.restart import reference_digest
 
 __all__ = ["Case", "Report", "verify"]
-
-LENGTH = 200
-"""Tokens of the reference sequence: more than a page, no multiple of anything."""
-MODEL_LEN = 256
 
 
 def verify(
@@ -27,7 +23,7 @@ def verify(
     """Runs every case of promises I1–I4 on this machine, and the same through plain jitted JAX.
 
     Args:
-        model: as for `LLM`; its context must hold 256 tokens.
+        model: as for `LLM`; its context must hold 512 tokens.
         dtype, backend: as for `LLM`.
         progress: show a progress bar.
 
@@ -35,7 +31,7 @@ def verify(
         ValueError, FileNotFoundError: the model can't be loaded, see `LLM`.
     """
     llm = LLM(model, dtype=dtype, backend=backend, max_model_len=MODEL_LEN, num_pages=POOL, keep_logits=True)
-    probe = Probe(llm.engine.step_fn, LENGTH)
+    probe = Probe(llm.engine.step_fn)
     with tqdm(desc="Verifying", unit="case", total=17, disable=not progress) as bar:
 
         def run(cases):
@@ -45,7 +41,7 @@ def verify(
                 yield case
 
         digest = reference_digest(probe)
-        restart = (restart_case(str(model), llm.dtype, backend, LENGTH, digest) for _ in range(1))
+        restart = (restart_case(str(model), llm.dtype, backend, digest) for _ in range(1))
         cases = list(run(itertools.chain(step_cases(probe), request_cases(llm, probe.tokens), restart)))
         plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)
         control = list(run(control_cases(plain, probe.tokens)))

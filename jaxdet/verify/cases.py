@@ -1,6 +1,7 @@
 """The cases: one sequence's values computed in many ways that may not matter."""
 
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,14 @@ from pallas_kernels.numerics import PAGE_SIZE
 
 BATCHES = (1, 2, 3, 5, 8, 16, 33, 64)
 CHUNKS = (1, 7, 32, 64, 100)
+
+USERS = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+    "JAX_ENABLE_COMPILATION_CACHE": "0",
+    "XLA_FLAGS": "--xla_allow_excess_precision=false",
+}
+"""Settings of a user's own that must not matter."""
 
 NAMES = {
     "decode": "decode in batches of 1–64, every row",
@@ -115,6 +124,8 @@ def _repetition(probe: Probe) -> Case:
 SAMPLED = SamplingParams(
     temperature=0.8, top_p=0.9, top_k=50, seed=7, n=2, max_tokens=16, logprobs=5, ignore_eos=True
 )
+GREEDY = SamplingParams(temperature=0, max_tokens=4, logprobs=0, ignore_eos=True)
+CROWDS = (33, 64)
 OTHERS = (
     SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
     SamplingParams(temperature=1.5, min_p=0.05, seed=1, max_tokens=9, ignore_eos=True),
@@ -131,7 +142,7 @@ def request_cases(llm: LLM, tokens: list[int]) -> Iterator[Case]:
     """Cases that go through the whole engine: a seeded request's tokens, log-probabilities and logits.
 
     Args:
-        llm: with `keep_logits`, and room for 256 tokens.
+        llm: with `keep_logits`, and room for 500 tokens.
         tokens: 150 or more, of which the prompts are made.
     """
     prompt = tokens[:150]
@@ -171,6 +182,15 @@ def request_cases(llm: LLM, tokens: list[int]) -> Iterator[Case]:
         case.compare(np.array(scored.logprobs[len(prompt) - 1 :]), np.array(sampled))
     yield case
 
+    case = Case("I1", f"among {' and '.join(map(str, CROWDS))} requests")
+    (expected,) = _run(llm, [tokens[:40]], [GREEDY])
+    for size in CROWDS:
+        strangers = [tokens[i : i + 20 + i] for i in range(size)]
+        place = int(size * 0.6)
+        prompts = [*strangers[:place], tokens[:40], *strangers[place + 1 :]]
+        _compare(case, _run(llm, prompts, [GREEDY] * size)[place], expected)
+    yield case
+
 
 def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Sequence]]:
     """Runs requests together; per request its sequences."""
@@ -187,22 +207,18 @@ def _compare(case: Case, found: list[Sequence], expected: list[Sequence]) -> Non
         case.compare(np.stack(one.logits), np.stack(other.logits))
 
 
-def restart_case(model: str, dtype: str, backend: str | None, length: int, digest: str) -> Case:
-    """The reference's digest from new processes, with an empty and then a filled compilation cache."""
-    case = Case("I4", "new processes, compiled anew and from the cache")
+def restart_case(model: str, dtype: str, backend: str | None, digest: str) -> Case:
+    """The reference's digest from new processes: with an empty and a filled compilation cache, and under `USERS`."""
+    case = Case("I4", "new processes: compiled anew, from the cache, under other settings of JAX and XLA")
     with tempfile.TemporaryDirectory() as cache:
-        for _ in range(2):
-            command = [
-                sys.executable,
-                "-m",
-                "jaxdet.verify.restart",
-                model,
-                dtype,
-                backend or "",
-                str(length),
-                cache,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            found = done.stdout.split()[-1] if done.returncode == 0 and done.stdout else done.stderr[-64:]
+        command = [sys.executable, "-m", "jaxdet.verify.restart", model, dtype, backend or ""]
+        for settings in ({}, {}, USERS):
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache} | settings
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                case.note = (
+                    f"the new process failed ({(done.stderr.strip().splitlines() or ['no output'])[-1]})"
+                )
+            found = done.stdout.split()[-1] if done.stdout.strip() else ""
             case.compare(np.array(list(found)), np.array(list(digest)))
     return case

@@ -9,6 +9,9 @@ from jaxdet.verify.cases import BATCHES, CHUNKS, NAMES
 from jaxdet.verify.probe import PREFILL_SEQS
 from jaxdet.verify.report import Case
 
+CONTEXT = 64
+"""Tokens before the decoded one: enough to differ, few enough for 64 rows at once."""
+
 
 def control_cases(plain: Baseline, tokens: list[int], seed: int = 0) -> Iterator[Case]:
     """Each case compares with the sequence alone; neighbours are random sequences, no hostile contents needed."""
@@ -19,11 +22,11 @@ def control_cases(plain: Baseline, tokens: list[int], seed: int = 0) -> Iterator
     case = Case("I1", NAMES["decode"])
     expected = None
     for size in BATCHES:
-        batch = rng.integers(0, vocab, (size, length)).astype(np.int32)
-        batch[::2] = tokens
+        batch = rng.integers(0, vocab, (size, CONTEXT + 1)).astype(np.int32)
+        batch[::2] = tokens[: CONTEXT + 1]
         start = np.zeros(size, np.int32)
         _, cache = plain.forward(plain.params, plain.new_cache(size), batch[:, :-1], start, start)
-        logits, _ = plain.forward(plain.params, cache, batch[:, -1:], start + length - 1)
+        logits, _ = plain.forward(plain.params, cache, batch[:, -1:], start + CONTEXT)
         mine = np.asarray(logits)[::2, 0]
         expected = mine[0] if expected is None else expected
         case.compare(mine, np.broadcast_to(expected, mine.shape))

@@ -16,7 +16,10 @@ from jaxdet.sampling_params import SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE
 
 MAX_SEQS, MAX_TOKENS, PREFILL_SEQS = 64, 512, 8
-POOL = 24
+POOL = 80
+"""Pages of the cache: one for each of 64 sequences, and some."""
+LENGTH, MODEL_LEN = 500, 512
+"""Tokens of the reference: four pages, no multiple of anything; a softmax over all of them is one that XLA reorders."""
 HOSTILE_PAGES = 4
 """Pages that neighbours read; their contents come from `NEIGHBOURS`."""
 NEIGHBOURS = {"random": None, "NaN": np.nan, "inf": np.inf, "1e30": 1e30}
@@ -32,19 +35,18 @@ class Row(NamedTuple):
 
 
 class Probe:
-    """One reference sequence of `length` random tokens and ways to compute its logits.
+    """One reference sequence of LENGTH random tokens and ways to compute its logits.
 
     Args:
         step: the model.
-        length: tokens of the reference sequence.
         seed: of its tokens and of the neighbours'.
     """
 
-    def __init__(self, step: Step, length: int, seed: int = 0):
+    def __init__(self, step: Step, seed: int = 0):
         self.step, self.rng = step, np.random.default_rng(seed)
         vocab = step.config.vocab_size
-        self.tokens: list[int] = self.rng.integers(0, vocab, length).tolist()
-        self.table = -(-length // PAGE_SIZE)
+        self.tokens: list[int] = self.rng.integers(0, vocab, LENGTH).tolist()
+        self.table = -(-LENGTH // PAGE_SIZE)
         self.hostile = list(range(POOL - HOSTILE_PAGES, POOL))
         self.own = list(range(1, self.table + 1))
 
@@ -86,7 +88,7 @@ class Probe:
         return np.split(np.asarray(logits)[: ends[-1]], ends[:-1]), cache
 
     def whole(self, cache: KVCache, chunk: int, pages: list[int] | None = None) -> tuple[np.ndarray, KVCache]:
-        """Logits [length, V] of the reference sequence, `chunk` tokens a step."""
+        """Logits [LENGTH, V] of the reference sequence, `chunk` tokens a step."""
         parts = []
         for at in range(0, len(self.tokens), chunk):
             row = self.me(at, min(chunk, len(self.tokens) - at), pages)

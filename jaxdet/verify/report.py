@@ -32,6 +32,8 @@ class Case:
     compared: int = 0
     """Values (logits, log-probabilities, token ids) compared."""
     differing: int = 0
+    note: str = ""
+    """Why nothing could be compared, if so."""
 
     def compare(self, found: np.ndarray, expected: np.ndarray) -> None:
         """Counts the values whose bits differ; a wrong shape counts as all different."""
@@ -87,13 +89,14 @@ class Report:
             plain = control.get((case.promise, case.name))
             table.add_row(
                 f"{case.promise} {PROMISES[case.promise]}",
-                case.name,
+                f"{case.name}: {case.note}" if case.note else case.name,
                 f"{case.compared:,}",
                 Text(f"{case.differing:,}", style="green" if case.differing == 0 else "bold red"),
                 "" if plain is None else f"{plain.differing:,} of {plain.compared:,}",
             )
         quiet = [c.name for c in self.control if not c.differing]
-        notes = [f"digest of the logits: {self.digest}", f"numerics {NUMERICS_VERSION} on {platform_key()}"]
+        notes = [f"digest of the logits: {self.digest}"]
+        notes += [f"{name}: {value}" for name, value in self.environment.items() if value not in ("", None)]
         if not self.control_bites:
             notes.append(
                 "Plain JAX showed no difference here, so this machine does not show what jaxdet prevents."

@@ -3,11 +3,10 @@
 import hashlib
 import sys
 
-import jax
 import numpy as np
 
 from jaxdet.llm import LLM
-from jaxdet.verify.probe import Probe
+from jaxdet.verify.probe import MODEL_LEN, POOL, Probe
 
 
 def reference_digest(probe: Probe) -> str:
@@ -15,11 +14,9 @@ def reference_digest(probe: Probe) -> str:
     return hashlib.sha256(np.ascontiguousarray(probe.reference).view(np.uint8).data).hexdigest()
 
 
-def main(model: str, dtype: str, backend: str, length: str, compiled: str) -> None:
-    jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    llm = LLM(model, dtype=dtype, backend=backend or None, max_model_len=256)
-    print(reference_digest(Probe(llm.engine.step_fn, int(length))))
+def main(model: str, dtype: str, backend: str) -> None:
+    llm = LLM(model, dtype=dtype, backend=backend or None, max_model_len=MODEL_LEN, num_pages=POOL)
+    print(reference_digest(Probe(llm.engine.step_fn)))
 
 
 if __name__ == "__main__":
