@@ -1,7 +1,6 @@
 """jaxdet: deterministic LLM inference in JAX. The same prompt, weights and seed give the same bits."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from jaxdet.llm import LLM, Prompt, as_list
@@ -23,9 +22,16 @@ __all__ = [
 ]
 
 
-@lru_cache(maxsize=1)
-def _shared(model: str, dtype: str, backend: str | None) -> LLM:
-    return LLM(model, dtype=dtype, backend=backend)
+_loaded: dict[tuple[str, str, str | None, int | None], LLM] = {}
+
+
+def _shared(*key: Any) -> LLM:
+    """The model of the last call, or a new one; the old one is let go first, so that there is room."""
+    if key not in _loaded:
+        _loaded.clear()
+        model, dtype, backend, max_model_len = key
+        _loaded[key] = LLM(model, dtype=dtype, backend=backend, max_model_len=max_model_len)
+    return _loaded[key]
 
 
 def generate(
@@ -34,6 +40,7 @@ def generate(
     *,
     dtype: str = "auto",
     backend: str | None = None,
+    max_model_len: int | None = None,
     use_tqdm: bool = False,
     **sampling: Any,
 ) -> list[RequestOutput]:
@@ -42,11 +49,11 @@ def generate(
     Args:
         prompts: one prompt or many: text (run through the chat template if the model has one), token ids, or
             {"prompt": …} / {"prompt_token_ids": …} (run as they are).
-        model: see `LLM`.
+        model, dtype, backend, max_model_len: see `LLM`.
         sampling: fields of `SamplingParams`, such as max_tokens=32, temperature=0.7, seed=7.
     """
     params, listed = SamplingParams(**sampling), as_list(prompts)
-    llm = _shared(str(model), dtype, backend)
+    llm = _shared(str(model), dtype, backend, max_model_len)
     listed = [llm.user_prompt(p) if isinstance(p, str) else p for p in listed]
     return llm.generate(listed, params, use_tqdm=use_tqdm)
 
@@ -57,6 +64,7 @@ def score(
     *,
     dtype: str = "auto",
     backend: str | None = None,
+    max_model_len: int | None = None,
 ) -> list[ScoreOutput]:
     """Teacher-forced logprobs of given tokens; see `LLM.score`."""
-    return _shared(str(model), dtype, backend).score(token_id_sequences)
+    return _shared(str(model), dtype, backend, max_model_len).score(token_id_sequences)

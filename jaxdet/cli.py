@@ -3,11 +3,14 @@
 import dataclasses
 import enum
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +20,6 @@ from jaxdet.checkpoints.demo import NAME as DEMO_MODEL
 from jaxdet.demo import run_demo
 from jaxdet.llm import LLM
 from jaxdet.models.registry import family_of
-from jaxdet.outputs import RequestOutput
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.verify import verify as run_verify
 from jaxdet.verify.report import environment
@@ -48,6 +50,10 @@ TopP = Annotated[float, typer.Option(help="Keep the most likely tokens that make
 TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the most likely one.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answer.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens of prompt and answer together; the model's limit, at most 4096, by default."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
@@ -68,6 +74,7 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: the most likely tokens to report.")
     ] = None,
+    max_model_len: MaxModelLen = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
     as_json: Json = False,
@@ -85,11 +92,11 @@ def generate(
         stop=stop or (),
         logprobs=logprobs,
     )
-    llm = LLM(model, dtype=dtype, backend=backend)
+    llm = LLM(model, dtype=dtype, backend=backend, max_model_len=max_model_len)
     requests = [llm.user_prompt(text) for text in texts]
     if as_json:
         for output in llm.generate(requests, params):
-            typer.echo(json.dumps(_as_dict(output), ensure_ascii=False))
+            typer.echo(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
     elif len(requests) == n == 1:
         _stream(llm, requests[0], params)
     else:
@@ -111,6 +118,7 @@ def chat(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     seed: Seed = 0,
+    max_model_len: MaxModelLen = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
     as_json: Json = False,
@@ -119,7 +127,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    llm = LLM(model, dtype=dtype, backend=backend)
+    llm = LLM(model, dtype=dtype, backend=backend, max_model_len=max_model_len)
     messages = [{"role": "system", "content": system}] if system else []
     interactive = sys.stdin.isatty()
     while True:
@@ -129,14 +137,18 @@ def chat(
             break
         if not (text := line.strip()):
             continue
-        messages.append({"role": "user", "content": text})
-        if as_json:
-            (output,) = llm.chat(messages, params, use_tqdm=False)
-            typer.echo(json.dumps(_as_dict(output), ensure_ascii=False))
-            answer = output.outputs[0].text
-        else:
-            answer = _stream(llm, llm.chat_prompt(messages), params)
-        messages.append({"role": "assistant", "content": answer})
+        turn = [*messages, {"role": "user", "content": text}]
+        try:
+            if as_json:
+                (output,) = llm.chat(turn, params, use_tqdm=False)
+                typer.echo(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
+                answer = output.outputs[0].text
+            else:
+                answer = _stream(llm, llm.chat_prompt(turn), params)
+        except ValueError as error:  # too long: the conversation stays as it was
+            _complain(error)
+            continue
+        messages = [*turn, {"role": "assistant", "content": answer}]
 
 
 @app.command()
@@ -164,8 +176,8 @@ def verify(
     ] = False,
 ) -> None:
     """Certifies this machine: computes the same values in many ways and compares every bit."""
-    if not output.parent.is_dir():
-        raise ValueError(f"output {output}: there is no folder {output.parent}; create it first")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"output {output} must be a file in a folder that exists")
     report = run_verify(model, dtype=dtype, backend=backend)
     report.write_json(output)
     if as_json:
@@ -185,17 +197,19 @@ def info(
 ) -> None:
     """What this machine and a model are."""
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    facts: dict[str, Any] = environment(resolve(None), dtype)
+    facts: dict[str, Any] = {}
+    backend = resolve(None)
     if model is not None:
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, check_config=family_of)
         config = family_of(checkpoint.config).read_config(checkpoint.config)
-        shapes = [t.shape for t in checkpoint.tensors.values()]
         facts = {
             "model": checkpoint.name,
-            "parameters": sum(_size(shape) for shape in shapes),
+            "parameters": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
             **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)},
-            **facts,
         }
+        heads = {name: facts[name] for name in ("head_dim", "num_q_heads", "num_kv_heads")}
+        backend = resolve(None, dtype=jnp.dtype(dtype), **heads)
+    facts |= environment(backend, dtype)
     if as_json:
         typer.echo(json.dumps(facts, default=str))
         return
@@ -217,8 +231,17 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, NotImplementedError) as error:
-        typer.secho(f"jaxdet: {' '.join(str(error).split())}", fg="red", err=True)
+        _complain(error)
         sys.exit(1)
+    except Exception as error:
+        if os.environ.get("JAXDET_TRACEBACK"):
+            raise
+        _complain(f"{type(error).__name__}: {error} (unexpected; set JAXDET_TRACEBACK=1 to see where)")
+        sys.exit(1)
+
+
+def _complain(error: Exception | str) -> None:
+    typer.secho(f"jaxdet: {' '.join(str(error).split())}", fg="red", err=True)
 
 
 def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> str:
@@ -229,14 +252,3 @@ def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> str:
         shown = text
     typer.echo()
     return shown
-
-
-def _as_dict(output: RequestOutput) -> dict[str, Any]:
-    return dataclasses.asdict(output)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size

@@ -45,6 +45,7 @@ class LLM:
         max_model_len: tokens of prompt and output together; the model's own limit, at most 4096, by default.
         enable_prefix_caching: reuse the KV pages of prefixes seen before.
         enable_chunked_prefill: split prompts longer than max_num_batched_tokens; without it they must fit.
+        tensor_parallel_size: devices that share the model; 1 for now.
         num_pages: KV pages of 128 tokens; None sizes the cache by itself.
         seed: seed of requests that bring none.
         keep_logits: give every output token's logits in `CompletionOutput.logits` (for verification).
@@ -65,6 +66,7 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
+        tensor_parallel_size: int = 1,
         num_pages: int | None = None,
         seed: int = 0,
         keep_logits: bool = False,
@@ -83,8 +85,12 @@ class LLM:
             if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {smallest}")
         SamplingParams(seed=seed)
+        if tensor_parallel_size != 1:
+            raise ValueError(
+                f"tensor_parallel_size={tensor_parallel_size!r}: models run on one device so far; use 1"
+            )
         use_compile_cache()
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, check_config=family_of)
         shape = family_of(checkpoint.config).read_config(checkpoint.config)
         limit = shape.max_position
         max_model_len = min(limit, 4096) if max_model_len is None else max_model_len

@@ -6,6 +6,7 @@ import jax
 from jax._src.lib.mlir.dialects import arith as mlir_arith
 from jax._src.lib.mlir.dialects import math as mlir_math
 from jax.experimental import pallas as pl
+from jax.experimental.compilation_cache.compilation_cache import reset_cache as reset_compilation_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "plgpu",
     "reduce_columns",
     "require_hopper",
+    "reset_compilation_cache",
 ]
 
 

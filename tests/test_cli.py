@@ -76,6 +76,20 @@ def test_chat_keeps_the_conversation(jaxdet, tiny):
     assert plain.stdout.splitlines() == [line for a in answers for line in (a.splitlines() or [""])]
 
 
+def test_chat_goes_on_after_a_turn_that_is_too_long(jaxdet, tiny):
+    options = ("--max-tokens", 4, "--max-model-len", 64, "--json")
+    done = jaxdet("chat", tiny, *options, stdin="Hi\n" + "x" * 99 + "\nAnd you?\n")
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert "xxx" not in second["prompt"] and first["prompt"] in second["prompt"]
+    assert "max_model_len" in done.stderr
+
+
+def test_what_nobody_expected_is_one_line_too(jaxdet, tiny, monkeypatch):
+    monkeypatch.setattr("jaxdet.cli.open_checkpoint", lambda src: {}[src])
+    done = jaxdet("info", "tiny")
+    assert done.stderr.startswith("jaxdet: KeyError: 'tiny' (unexpected;") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("format", ["orbax", "safetensors"])
 def test_convert_then_generate(jaxdet, tiny, tmp_path, format):
     done = jaxdet("convert", tiny, tmp_path / "new", "--format", format)
@@ -108,6 +122,9 @@ def wrong(name: str, *arguments: object, says: str, stdin: str = ""):
         wrong("dtype", "generate", "-m", "TINY", "x", "--dtype", "int8", says="dtype='int8'"),
         wrong("backend", "generate", "-m", "TINY", "x", "--backend", "cuda", says="backend='cuda'"),
         wrong("no folder", "verify", "TINY", "--output", "no/where.json", says="no/where.json"),
+        wrong("a folder as report", "verify", "TINY", "--output", ".", says="output ."),
+        wrong("bytes", "generate", "-m", "TINY", "a\udcffb", says="UTF-8"),
+        wrong("short model", "generate", "-m", "TINY", "x", "--max-model-len", "9", says="max_model_len"),
         wrong("destination", "convert", "TINY", "TINY", says="exists"),
         wrong("source", "convert", "./gone.gguf", "new", says="gone.gguf"),
     ],

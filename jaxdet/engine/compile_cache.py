@@ -1,10 +1,10 @@
 """Compiled programs stay on disk, so that the next process starts faster, to the same bits."""
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdet.checkpoints.demo import cache_dir
 from pallas_kernels.backend import platform_key
+from pallas_kernels.compat import reset_compilation_cache
 
 MIN_COMPILE_SECONDS = 0.3
 
@@ -20,4 +20,4 @@ def use_compile_cache() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    compilation_cache.reset_cache()  # JAX looks at the setting once, at the process's first compilation
+    reset_compilation_cache()  # JAX looks at the setting once, at the process's first compilation
