@@ -48,7 +48,7 @@ class Tokenizer:
         """Reads tokenizer.json and what stands beside it.
 
         Raises:
-            ValueError: there is no tokenizer.json, or it is damaged.
+            ValueError: there is no tokenizer.json, or a file or one of its fields (named) is damaged.
         """
         path = folder / "tokenizer.json"
         try:
@@ -57,18 +57,21 @@ class Tokenizer:
             raise ValueError(
                 f"{path} is missing or damaged ({_first_line(error)}); fetch the model again"
             ) from None
+        backend.no_truncation()  # how training cut and padded its texts is no part of a prompt
+        backend.no_padding()
         config, generation, model = (
             read_json(folder / name)
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         )
-        template = config.get("chat_template")
-        if isinstance(template, list):  # named templates
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        template = _template(config)
         if (jinja := folder / "chat_template.jinja").exists():
             template = jinja.read_text(encoding="utf-8")
-        bos, eos = (_content(config.get(key)) for key in ("bos_token", "eos_token"))
-        ids = generation.get("eos_token_id", model.get("eos_token_id", []))
-        ids = set(ids if isinstance(ids, list) else [ids])
+        bos, eos = (_special(config, key) for key in ("bos_token", "eos_token"))
+        ids = (
+            _end_ids(generation, "generation_config.json")
+            if "eos_token_id" in generation
+            else _end_ids(model, "config.json")
+        )
         ids |= {backend.token_to_id(eos)} if eos else set()
         return cls(
             backend,
@@ -84,7 +87,15 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`."""
+        """Token ids of `text`.
+
+        Raises:
+            ValueError: `text` holds lone surrogates, as arguments and file names that are no UTF-8 do.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("prompt holds bytes that are no UTF-8; give it as UTF-8 text") from None
         ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self.add_bos and ids[:1] != [self.bos_token_id]:
             ids = [self.bos_token_id, *ids]
@@ -173,8 +184,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _content(token: str | Mapping[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, Mapping) else token
+def _special(config: Mapping[str, Any], key: str) -> str | None:
+    """A special token, written as text or as {"content": text}."""
+    token = config.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) and token is not None:
+        raise ValueError(f"tokenizer_config.json: {key}={token!r} must be a string; fetch the model again")
+    return text
+
+
+def _template(config: Mapping[str, Any]) -> str | None:
+    """The chat template, or the one named "default" of several."""
+    given = template = config.get("chat_template")
+    if isinstance(given, list) and all(isinstance(t, dict) for t in given):
+        template = next((t.get("template") for t in given if t.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"tokenizer_config.json: chat_template={given!r} must be a string or a list of named templates; "
+            "fetch the model again"
+        )
+    return template
+
+
+def _end_ids(config: Mapping[str, Any], file: str) -> set[int]:
+    """`eos_token_id`: none, one or several."""
+    given = config.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(
+            f"{file}: eos_token_id={given!r} must be a token id or a list of them; fetch the model again"
+        )
+    return set(ids)
 
 
 def _first_line(error: Exception) -> str:

@@ -196,6 +196,72 @@ def with_template(template: str | None) -> Tokenizer:
     )
 
 
+def saved(folder: Path, **files: dict) -> Path:
+    """A folder with the tokenizer.json of one letter a token, and other files."""
+    backend = tokenizers.Tokenizer(models.BPE({chr(97 + i): i for i in range(26)}, []))
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_truncation_and_padding_of_the_file_leave_prompts_alone(tmp_path: Path):
+    folder = saved(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(2)
+    assert len(backend.encode("abcd").ids) == 2  # negative control
+    backend.enable_padding(length=8)
+    assert len(backend.encode("abcd").ids) == 8
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("abcd") == [0, 1, 2, 3]
+    tokenizer.save(folder)
+    assert tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("abcd").ids == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("generation_config", "eos_token_id", "x"),
+        ("generation_config", "eos_token_id", {"x": 1}),
+        ("generation_config", "eos_token_id", [1, "x"]),
+        ("generation_config", "eos_token_id", True),
+        ("generation_config", "eos_token_id", -1),
+        ("config", "eos_token_id", 1.5),
+        ("tokenizer_config", "chat_template", [1]),
+        ("tokenizer_config", "chat_template", 1),
+        ("tokenizer_config", "chat_template", [{"name": "default", "template": 1}]),
+        ("tokenizer_config", "bos_token", 5),
+        ("tokenizer_config", "eos_token", {"x": 1}),
+        ("tokenizer_config", "eos_token", ["a"]),
+    ],
+)
+def test_fields_of_other_types_are_named(tmp_path: Path, file: str, field: str, value):
+    with pytest.raises(ValueError, match=rf"^{file}\.json: {field}=.* must be ") as caught:
+        Tokenizer.from_folder(saved(tmp_path, **{file: {field: value}}))
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_as_they_are_written(tmp_path: Path):
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    fields = {"bos_token": {"content": "b"}, "eos_token": "c", "chat_template": templates}
+    found = Tokenizer.from_folder(saved(tmp_path, tokenizer_config=fields, generation_config={}))
+    assert (found.bos_token_id, found.eos_token_ids, found.chat_template) == (1, (2,), "d")
+    for ids in (3, [3], [3, 2]):
+        assert Tokenizer.from_folder(saved(tmp_path, config={"eos_token_id": ids})).eos_token_ids == (2, 3)
+    empty = {"bos_token": None, "eos_token": None, "chat_template": None}
+    found = Tokenizer.from_folder(
+        saved(tmp_path, tokenizer_config=empty, generation_config={"eos_token_id": None})
+    )
+    assert (found.bos_token, found.eos_token_ids, found.chat_template) == (None, (), None)
+
+
+def test_text_that_is_no_utf8(byte_level):
+    with pytest.raises(ValueError, match=r"^prompt holds bytes that are no UTF-8; give it as UTF-8 text$"):
+        byte_level[0].encode(b"a\xfbb".decode("utf-8", "surrogateescape"))
+
+
 USER = [{"role": "user", "content": "hi"}]
 
 
