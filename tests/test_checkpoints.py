@@ -17,10 +17,11 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
+from jaxdet.cast import CHECKED_AT_ONCE, cast
 from jaxdet.checkpoints import open_checkpoint, save_checkpoint
 from jaxdet.checkpoints.hf import INDEX, HFCheckpoint
 from jaxdet.checkpoints.orbax import ARRAYS, MANIFEST, OrbaxCheckpoint
-from jaxdet.models.registry import build_model
+from jaxdet.models.registry import build_model, family_of
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "eos_token_id": 2}
 NAMES = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
@@ -98,6 +99,93 @@ def test_save_in_another_dtype(folder: Path, tmp_path: Path, format: str):
     half = open_checkpoint(tmp_path / "half")
     assert half.config["torch_dtype"] == "bfloat16"
     assert_same_tensors(half, {n: v.astype(ml_dtypes.bfloat16) for n, v in weights().items()})
+
+
+def test_dtype_is_stated_under_both_names(folder: Path, tmp_path: Path):
+    """transformers 5 reads one, earlier ones the other; a stale one would undo the conversion."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"dtype": "float32"}))
+    source = open_checkpoint(folder)
+    save_checkpoint(tmp_path / "half", source, format="orbax", dtype="bfloat16", progress=False)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16")
+
+
+def single(folder: Path, **tensors: np.ndarray):
+    """The folder's model with these tensors instead."""
+    for file in (*folder.glob("*.safetensors"), folder / INDEX):
+        file.unlink(missing_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    return open_checkpoint(folder)
+
+
+def test_float64(folder: Path, tmp_path: Path):
+    """safetensors keep it; JAX, so Orbax, reads float32."""
+    value = np.random.default_rng(0).standard_normal((5, 3))
+    source = single(folder, a=value)
+    save_checkpoint(tmp_path / "safe", source, format="safetensors", progress=False)
+    assert_same_tensors(open_checkpoint(tmp_path / "safe"), {"a": value})
+    save_checkpoint(tmp_path / "orbax", source, format="orbax", progress=False)
+    assert_same_tensors(open_checkpoint(tmp_path / "orbax"), {"a": value.astype(np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "remedy"),
+    [
+        (np.float32, "float16", "use bfloat16 or float32"),
+        (ml_dtypes.bfloat16, "float16", "use bfloat16 or float32"),
+        (np.float32, "bfloat16", "use float32"),
+        (np.float64, "float32", "fetch the model again"),
+        (np.float64, None, "fetch the model again"),
+    ],
+)
+def test_overflow_of_a_conversion_is_named(folder: Path, tmp_path: Path, source, dtype, remedy: str):
+    value = np.ones((3, 2), source)
+    value[1, 1] = -ml_dtypes.finfo(source).max
+    match = f"^tensor a holds values too large for {dtype or 'float32'}; {remedy}$"
+    with pytest.raises(ValueError, match=match):
+        save_checkpoint(
+            tmp_path / "copy", single(folder, a=value), format="orbax", dtype=dtype, progress=False
+        )
+    assert not (tmp_path / "copy").exists()
+    value[1, 1] = 1e4 / 3
+    save_checkpoint(tmp_path / "copy", single(folder, a=value), format="orbax", dtype=dtype, progress=False)
+    assert_same_tensors(open_checkpoint(tmp_path / "copy"), {"a": value.astype(np.dtype(dtype or "float32"))})
+
+
+def test_overflow_far_into_a_tensor():
+    value = np.zeros(CHECKED_AT_ONCE + 5, np.float32)
+    assert not cast("a", value, np.float16).any()
+    value[-1] = 65520  # rounds up to inf; anything below rounds to 65504
+    with pytest.raises(ValueError, match="tensor a holds values too large for float16"):
+        cast("a", value, np.float16)
+    value[-1] = np.nextafter(np.float32(65520), np.float32(0))
+    assert cast("a", value, np.float16)[-1] == 65504
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
+)
+def test_overflow_of_a_model_is_named(references: Path, tmp_path: Path, name: str):
+    path = tmp_path / "model"
+    shutil.copytree(references / "llama", path)
+    tensors = load_file(path / "model.safetensors")
+    tensors[name] = tensors[name].astype(np.float32)
+    tensors[name][3, 5] = 1e5
+    save_file(tensors, path / "model.safetensors")
+    build(path)
+    build(path, jnp.bfloat16)
+    with pytest.raises(
+        ValueError, match=f"^tensor {name} holds values too large for float16; use bfloat16 or"
+    ):
+        build(path, jnp.float16)
+
+
+def test_the_name_of_a_folder_given_as_a_dot(folder: Path, tmp_path: Path, monkeypatch):
+    save_checkpoint(tmp_path / "orbax", open_checkpoint(folder), format="orbax", progress=False)
+    for path in (folder, tmp_path / "orbax"):
+        monkeypatch.chdir(path)
+        assert open_checkpoint(".").name == path.name
+        assert_same_tensors(open_checkpoint("."), weights())
 
 
 def test_digest_is_of_the_contents(folder: Path, tmp_path: Path):
@@ -416,9 +504,23 @@ def test_unknown_models(model: str):
     assert "\n" not in str(caught.value)
 
 
-def build(path: Path):
+@pytest.mark.parametrize("model", ["models/x.gguf", "absent/x.gguf", "models/x", "x.gguf", "models/sub/x"])
+def test_a_mistyped_path_is_no_model_of_the_hub(tmp_path: Path, monkeypatch, model: str):
+    def asked(*_):
+        pytest.fail("asked the hub")
+
+    monkeypatch.setattr("jaxdet.checkpoints.fetch_from_hub", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sub").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=rf"^no model '{model}' \(no such file\); give "):
+        open_checkpoint(model)
+    with pytest.raises(pytest.fail.Exception, match="asked the hub"):  # negative control
+        open_checkpoint("organisation/x")
+
+
+def build(path: Path, dtype=jnp.float32):
     checkpoint = open_checkpoint(path)
-    return build_model(checkpoint, checkpoint.config, dtype=jnp.float32, backend="xla", max_model_len=64)
+    return build_model(checkpoint, checkpoint.config, dtype=dtype, backend="xla", max_model_len=64)
 
 
 @pytest.mark.parametrize(
@@ -455,6 +557,75 @@ def test_bad_configs_are_named(references: Path, tmp_path: Path, change: dict, m
     with pytest.raises(ValueError, match=message) as caught:
         build(path)
     assert "\n" not in str(caught.value)
+
+
+WINDOWS = [
+    (family, {"sliding_window": w}) for family in ("mistral", "gemma3_text") for w in (0, -3, "x", True)
+]
+WINDOWS += [("qwen2", {"sliding_window": w, "use_sliding_window": True}) for w in (0, -3, "x", 1.5)]
+TYPES = (
+    [],
+    ["full_attention"] * 4,
+    ["full_attention", "sparse"],
+    ["full_attention", []],
+    "full_attention",
+    7,
+)
+KINDS = [(family, {"layer_types": t}) for family in ("qwen2", "qwen3", "gemma3_text") for t in TYPES]
+GEMMA_FIELDS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+OTHERS = [("gemma3_text", {field: v}) for field in GEMMA_FIELDS for v in ("x", -1, [1])]
+OTHERS += [
+    ("gemma3_text", {"sliding_window_pattern": "x", "layer_types": None}),
+    ("gemma3_text", {"sliding_window_pattern": 0, "layer_types": None}),
+    ("gemma3_text", {"rope_local_base_freq": "x", "rope_parameters": None}),
+    ("gemma3_text", {"text_config": 7}),
+    ("gemma3_text", {"rope_parameters": 7}),
+    (
+        "qwen2",
+        {"max_window_layers": "x", "use_sliding_window": True, "sliding_window": 4, "layer_types": None},
+    ),
+    ("llama", {"model_type": ["llama"]}),
+    ("llama", {"hidden_act": ["silu"]}),
+    ("llama", {"rope_scaling": {"rope_type": ["linear"]}, "rope_parameters": None}),
+    ("llama", {"rope_scaling": {"type": {}, "rope_type": 7}, "rope_parameters": None}),
+    ("llama", {"rms_norm_eps": True}),
+]
+SHOWN_AS = {"model_type": "architecture", "hidden_act": "activation", "rope_scaling": "rope_type"}
+
+
+@pytest.mark.parametrize(("family", "change"), [*WINDOWS, *KINDS, *OTHERS], ids=str)
+def test_fields_of_one_family_are_named(references: Path, family: str, change: dict):
+    """The first field of `change` is the wrong one."""
+    config = json.loads((references / family / "config.json").read_text())
+    family_of(config).read_config(config)
+    field = next(iter(change))
+    with pytest.raises(ValueError, match=SHOWN_AS.get(field, field)) as caught:
+        family_of(config | change).read_config(config | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_as_they_are_written(references: Path):
+    """What is refused above is refused for its value."""
+
+    def windows(family: str, **change):
+        config = json.loads((references / family / "config.json").read_text()) | change
+        return family_of(config).read_config(config).windows
+
+    assert windows("mistral", sliding_window=5) == (5, 5)
+    assert windows("mistral", sliding_window=None) == (None, None)
+    assert windows("gemma3_text", layer_types=None, sliding_window_pattern=2, sliding_window=9)[:2] == (
+        9,
+        None,
+    )
+    assert (
+        windows("gemma3_text", layer_types=["full_attention", "sliding_attention", "full_attention"])[0]
+        is None
+    )
+    on = {"use_sliding_window": True, "sliding_window": 6}
+    assert windows("qwen2", layer_types=None, max_window_layers=1, **on) == (None, 6)
+    assert windows("qwen2", layer_types=None, max_window_layers=0, **on) == (6, 6)
+    assert windows("qwen2", layer_types=["sliding_attention", "full_attention"], **on) == (6, None)
+    assert windows("qwen2", use_sliding_window=False, sliding_window=6) == (None, None)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -149,10 +149,40 @@ def test_logits_have_the_folders_bits_and_raw_rows_are_noticed(references: Path,
     assert np.abs(raw - expected).max() / np.abs(expected).max() > 0.01
 
 
+def llama3(factor: float, original: int = 8192, high: float = 4.0) -> dict:
+    scaling = {"factor": factor, "original_max_position_embeddings": original, "high_freq_factor": high}
+    return {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0}}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_parameters_are_recovered(references: Path, tmp_path: Path, factor: float):
+    """What config.json then states is what other programs read too, and the folder's own model to the bit."""
+    folder = amended(references / "llama", tmp_path / "model", **llama3(factor))
+    path = convert(folder, tmp_path / "model.gguf")
+    save_checkpoint(tmp_path / "copy", open_checkpoint(path), format="safetensors", progress=False)
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert config["rope_scaling"] | {"rope_theta": config["rope_theta"]} == llama3(factor)["rope_parameters"]
+    expected = weights_and_shape(folder)[0]
+    assert weights_and_shape(path)[0] == weights_and_shape(tmp_path / "copy")[0] == expected
+    other = amended(references / "llama", tmp_path / "other", **llama3(factor + 1))
+    assert weights_and_shape(other)[0] != expected  # negative control
+
+
+@pytest.mark.parametrize("change", [llama3(9.0), llama3(8.0, 8193), llama3(8.0, high=4.001)], ids=str)
+def test_other_rope_factors_are_no_safetensors_folder(references: Path, tmp_path: Path, change: dict):
+    folder = amended(references / "llama", tmp_path / "model", **change)
+    source = open_checkpoint(convert(folder, tmp_path / "strange.gguf"))
+    with pytest.raises(ValueError, match=r"^strange has rope factors .*; convert it to orbax$"):
+        save_checkpoint(tmp_path / "copy", source, format="safetensors", progress=False)
+    assert not (tmp_path / "copy").exists()
+    save_checkpoint(tmp_path / "copy", source, format="orbax", progress=False)
+    assert weights_and_shape(tmp_path / "copy") == weights_and_shape(tmp_path / "strange.gguf")
+
+
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
-@pytest.mark.parametrize("family", ["llama_rope_scaling", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_conversion_keeps_the_model(references: Path, tmp_path: Path, family: str, format: str):
-    """Weights, shape, rope factors, tokenizer and template."""
+    """Weights, shape, tokenizer and template."""
     source = open_checkpoint(convert(references / family, tmp_path / "model.gguf"))
     save_checkpoint(tmp_path / "copy", source, format=format, progress=False)
     assert weights_and_shape(tmp_path / "copy") == weights_and_shape(tmp_path / "model.gguf")

@@ -13,12 +13,23 @@ from urllib.parse import urlsplit
 import pytest
 import tokenizers
 from huggingface_hub import constants
+from safetensors.numpy import load_file, save
 from tokenizers import models
 
+from jaxdet import LLM
 from jaxdet.checkpoints import open_checkpoint
+from jaxdet.checkpoints.hf import INDEX
 
 MODEL, COMMITS = "tiny/llama", {"main": "a" * 40, "v1": "b" * 40}
 POISON = ("pytorch_model.bin", "modeling_llama.py", "model.ckpt", "README.md")
+OTHER_COPIES = (
+    "consolidated.safetensors",
+    "adapter_model.safetensors",
+    "original/model.safetensors",
+    "original/params.json",
+    "onnx/config.json",
+)
+"""The same weights for other programs, and files that belong to those."""
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -40,7 +51,9 @@ class Hub(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def fetched(self) -> set[str]:
-        return {Path(path).name for method, path, _ in self.requests if "/resolve/" in path}
+        """Paths in the repository."""
+        paths = [path.partition("/resolve/")[2] for _, path, _ in self.requests]
+        return {path.partition("/")[2] for path in paths if path}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -61,7 +74,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(status, b"", {"X-Error-Code": code})
         match path.strip("/").split("/"):
             case ["api", "models", owner, name, "revision", revision] if f"{owner}/{name}" == MODEL:
-                commit = COMMITS.get(revision)
+                commit = revision if revision in COMMITS.values() else COMMITS.get(revision)
                 if commit is None:
                     return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
                 return self.json({"id": MODEL, "modelId": MODEL, "sha": commit, "siblings": []})
@@ -72,7 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         for n, b in self.server.files.items()
                     ]
                 )
-            case [_, _, "resolve", commit, name] if name in self.server.files:
+            case [_, _, "resolve", commit, *parts] if (name := "/".join(parts)) in self.server.files:
                 return self.file(name, commit)
         return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
 
@@ -108,7 +121,7 @@ def files(references: Path) -> dict[str, bytes]:
     backend = tokenizers.Tokenizer(models.BPE({chr(33 + i): i for i in range(90)}, []))
     found = {n: (references / "llama" / n).read_bytes() for n in ("config.json", "model.safetensors")}
     found["tokenizer.json"] = backend.to_str().encode()
-    return found | dict.fromkeys(POISON, b"\x80\x04never read")
+    return found | dict.fromkeys((*POISON, *OTHER_COPIES), b"\x80\x04never read")
 
 
 @pytest.fixture
@@ -142,6 +155,40 @@ def test_a_model_by_id(hub: Hub, references: Path, revision: str):
 def test_only_weights_config_and_tokenizer_are_asked_for(hub: Hub):
     open_checkpoint(MODEL)
     assert hub.fetched() == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_only_the_files_that_the_index_lists(hub: Hub, references: Path):
+    """Their names are free; a model.safetensors beside them is not part of the model."""
+    names = [f"weights-{i}.safetensors" for i in range(2)]
+    tensors = load_file(references / "llama" / "model.safetensors")
+    place = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
+    for name in names:
+        hub.files[name] = save({t: tensors[t] for t in tensors if place[t] == name})
+    hub.files[INDEX] = json.dumps({"weight_map": place}).encode()
+    assert open_checkpoint(MODEL).digest() == open_checkpoint(references / "llama").digest()
+    assert hub.fetched() == {"config.json", INDEX, "tokenizer.json", *names}
+
+
+@pytest.mark.parametrize("index", [b'{"weight_map": {"a": "../x"}}', b'{"weight_map": 7}', b"["])
+def test_a_damaged_index_on_the_hub(hub: Hub, index: bytes):
+    hub.files[INDEX] = index
+    refused(MODEL, ValueError, INDEX)
+
+
+def test_an_unsupported_architecture_costs_no_weights(hub: Hub):
+    config = json.loads(hub.files["config.json"])
+    hub.files["config.json"] = json.dumps(config | {"model_type": "mamba"}).encode()
+    with pytest.raises(ValueError, match="architecture 'mamba' is not supported"):
+        LLM(MODEL)
+    assert hub.fetched() == {"config.json", "tokenizer.json"}
+    assert open_checkpoint(MODEL).config["model_type"] == "mamba"  # a conversion needs no architecture
+    assert "model.safetensors" in hub.fetched()
+
+
+def test_a_repository_without_config(hub: Hub):
+    del hub.files["config.json"]
+    refused(MODEL, ValueError, f"{MODEL} has no config.json; give a model in the format of transformers")
+    assert "model.safetensors" not in hub.fetched()
 
 
 def test_a_second_call_downloads_nothing(hub: Hub):

@@ -13,6 +13,9 @@ from jaxdet.tokenizer import Tokenizer
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 QUANTISATIONS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_FACTORS = (8.0, 32.0)
+"""Of Llama 3.1 and of 3.2."""
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -130,16 +133,35 @@ class GGUFCheckpoint(Checkpoint):
         return config
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any]:
-        """Linear scaling from the metadata; Llama 3's from the factors that converters store as a tensor."""
+        """Linear scaling from the metadata; Llama 3's from the factors that converters store as a tensor.
+
+        Factors that are not Llama 3's stay as they are, in a `rope_type` of our own.
+        """
         if ROPE_FACTORS in self._file.tensors:
             factors = self._file.dequantise(ROPE_FACTORS)
             if factors.shape != (head_dim // 2,) or not (np.isfinite(factors) & (factors > 0)).all():
                 raise ValueError(f"{ROPE_FACTORS} in {self.path} is damaged; fetch the file again")
-            return {"rope_scaling": {"rope_type": "factors", "factors": factors.tolist()}}
+            known = _llama3_scaling(factors, self._get("rope.freq_base", 10000.0))
+            return {"rope_scaling": known or {"rope_type": "factors", "factors": factors.tolist()}}
         kind = self._get("rope.scaling.type", "none")
         if kind == "none":
             return {}
         return {"rope_scaling": {"rope_type": kind, "factor": self._get("rope.scaling.factor", 1.0)}}
+
+
+def _llama3_scaling(factors: np.ndarray, theta: Any) -> dict[str, Any] | None:
+    """The parameters of Llama 3.1 or 3.2, if the stored float32 factors are what these give."""
+    if type(theta) is not float or not 0 < theta < np.inf:
+        return None
+    wavelengths = 2 * np.pi * theta ** (np.arange(len(factors)) / len(factors))
+    for factor in LLAMA3_FACTORS:
+        scaling = {"rope_type": "llama3", "factor": factor, **LLAMA3}
+        low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+        smooth = (LLAMA3["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+        smooth = smooth.clip(0, 1)
+        if np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-6, atol=0):
+            return scaling
+    return None
 
 
 def _unpermute(value: np.ndarray, heads: int) -> np.ndarray:

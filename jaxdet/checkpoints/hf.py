@@ -27,10 +27,10 @@ class HFCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, name: str | None = None):
-        self.folder, self.name = folder, name or folder.name
+        self.folder, self.name = folder, name or folder.resolve().name
         self.config = read_json(folder / "config.json")
         index = read_json(folder / INDEX).get("weight_map")
-        if index is not None and not _maps_names_to_files(index):
+        if index is not None and not maps_names_to_files(index):
             raise ValueError(f"{folder / INDEX} is damaged; fetch the model again")
         files = sorted(set(index.values())) if index else sorted(p.name for p in folder.glob("*.safetensors"))
         if not files:
@@ -76,7 +76,8 @@ class HFCheckpoint(Checkpoint):
         return Tokenizer.from_folder(self.folder)
 
 
-def _maps_names_to_files(index: Any) -> bool:
+def maps_names_to_files(index: Any) -> bool:
+    """Whether an index's weight_map names files of its own folder, and nothing else."""
     return isinstance(index, dict) and all(
         isinstance(file, str) and Path(file).name == file for file in index.values()
     )

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxdet.cast import cast
 from jaxdet.checkpoints.base import Checkpoint, TensorInfo
 from jaxdet.tokenizer import Tokenizer, read_json
 
@@ -24,7 +25,7 @@ class OrbaxCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.name = folder.absolute(), folder.name
+        self.folder, self.name = folder.absolute(), folder.resolve().name
         self.config = read_json(folder / "config.json")
         manifest = read_json(folder / MANIFEST).get("tensors")
         if not self.config or not manifest:
@@ -73,10 +74,15 @@ class OrbaxCheckpoint(Checkpoint):
 
 
 def write_orbax(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes tensors one at a time, each as its own Orbax checkpoint, and the manifest that names them."""
+    """Writes tensors one at a time, each as its own Orbax checkpoint, and the manifest that names them.
+
+    float64 is written as float32: JAX would restore it as that.
+    """
     manifest = {}
     with ocp.StandardCheckpointer() as handler:
         for name, value in tensors:
+            if value.dtype == np.float64:
+                value = cast(name, value, np.float32)
             manifest[name] = {
                 "shape": list(value.shape),
                 "dtype": str(value.dtype),

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from jaxdet.cast import cast
 from jaxdet.checkpoints.base import Checkpoint
 from jaxdet.checkpoints.hf import INDEX
 from jaxdet.checkpoints.orbax import write_orbax
@@ -42,12 +43,13 @@ def save_checkpoint(
     Args:
         dst: must not exist yet.
         format: "safetensors" (a Hugging Face folder) or "orbax".
-        dtype: "float32", "bfloat16" or "float16"; each tensor's own by default.
+        dtype: "float32", "bfloat16" or "float16"; each tensor's own by default (in orbax, float32 for float64).
         progress: show a progress bar.
 
     Raises:
         FileExistsError: `dst` exists.
-        ValueError: `format` or `dtype` is unknown, or the checkpoint is damaged.
+        ValueError: `format` or `dtype` is unknown, a value overflows `dtype`, or the checkpoint is damaged
+            or can't be stated in `format`.
         OSError: `dst` can't be written, or the disk is too small for it.
     """
     dst = Path(dst).expanduser()
@@ -57,6 +59,11 @@ def save_checkpoint(
         raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     if dst.exists():
         raise FileExistsError(f"DST {dst} exists; choose another name or remove it")
+    scaling = checkpoint.config.get("rope_scaling")
+    if format == "safetensors" and isinstance(scaling, dict) and scaling.get("rope_type") == "factors":
+        raise ValueError(
+            f"{checkpoint.name} has rope factors that no config.json can state; convert it to orbax"
+        )
     target = None if dtype is None else DTYPES[dtype]
     sizes = {
         name: (target or info.dtype).itemsize * math.prod(info.shape)
@@ -73,7 +80,9 @@ def save_checkpoint(
                 f"DST {dst} needs {sum(sizes.values()) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
                 "free some or choose another disk"
             )
-        config = checkpoint.config | ({"torch_dtype": dtype} if dtype else {})
+        config = checkpoint.config
+        if dtype is not None:  # transformers 5 reads dtype, earlier ones torch_dtype
+            config = config | {"dtype": dtype, "torch_dtype": dtype}
         (work / "config.json").write_text(json.dumps(config, indent=1))
         checkpoint.tokenizer().save(work)
         tensors = _converted(checkpoint, sizes, target, progress)
@@ -94,7 +103,7 @@ def _converted(
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name in tqdm(names, desc="Converting", unit="tensor", disable=not progress):
         value = checkpoint.read(name)
-        yield name, value if dtype is None else value.astype(dtype, copy=False)
+        yield name, value if dtype is None else cast(name, value, dtype)
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes: dict[str, int]) -> None:

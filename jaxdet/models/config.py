@@ -59,7 +59,7 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
         ValueError: a field is missing, or asks for something that is not implemented (named).
     """
     heads, hidden, layers, vocab, inner = (
-        _count(config, key)
+        count(config, key)
         for key in (
             "num_attention_heads",
             "hidden_size",
@@ -68,15 +68,15 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
             "intermediate_size",
         )
     )
-    kv_heads = _count(config, "num_key_value_heads", heads)
-    head_dim = _count(config, "head_dim", hidden // heads)
+    kv_heads = count(config, "num_key_value_heads", heads)
+    head_dim = count(config, "head_dim", hidden // heads)
     if heads % kv_heads or head_dim % 2:
         raise ValueError(
             f"config.json: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads} "
             f"and head_dim={head_dim} even; fetch the model again"
         )
     activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     return ModelConfig(
         family=family,
@@ -87,8 +87,8 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
         num_q_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-        max_position=_count(config, "max_position_embeddings", 2048),
+        norm_eps=positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        max_position=count(config, "max_position_embeddings", 2048),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         activation=ACTIVATIONS[activation],
         attention_scale=1.0 / math.sqrt(head_dim),
@@ -98,19 +98,44 @@ def read_config(config: dict[str, Any], family: str) -> ModelConfig:
     )
 
 
-def _count(config: dict[str, Any], key: str, default: int | None = None) -> int:
+def count(config: dict[str, Any], key: str, default: int | None = None, *, smallest: int = 1) -> int:
+    """The whole number that `config` gives for `key`; `default` where it gives none.
+
+    Raises:
+        ValueError: it is missing, no whole number or out of range.
+    """
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise ValueError(f"config.json has no {key!r}; is this a complete checkpoint?")
-    if type(value) is not int or not 0 < value <= MAX_COUNT:
-        raise ValueError(f"config.json: {key}={value!r} must be a whole number from 1 to {MAX_COUNT}")
+    if type(value) is not int or not smallest <= value <= MAX_COUNT:
+        raise ValueError(
+            f"config.json: {key}={value!r} must be a whole number from {smallest} to {MAX_COUNT}"
+        )
     return value
 
 
-def _positive(key: str, value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+def positive(key: str, value: Any) -> float:
+    """`value` as a float, if it is a positive finite number."""
+    if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError(f"config.json: {key}={value!r} must be a positive number")
     return float(value)
+
+
+def sliding_layers(config: dict[str, Any], layers: int) -> list[bool] | None:
+    """Per layer, whether `layer_types` says that its attention slides; None without the field."""
+    types = config.get("layer_types")
+    if types is None:
+        return None
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or any(kind not in ("full_attention", "sliding_attention") for kind in types)
+    ):
+        raise ValueError(
+            f"config.json: layer_types must hold full_attention or sliding_attention for each of the {layers} "
+            "layers; fetch the model again"
+        )
+    return [kind == "sliding_attention" for kind in types]
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +145,10 @@ def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json: rope_parameters={given!r} must be an object; fetch the model again")
     scaling = dict(given)
     scaling["rope_type"] = scaling.get("rope_type") or scaling.pop("type", None) or "default"
+    if not isinstance(scaling["rope_type"], str):
+        raise ValueError(f"config.json: rope_type={scaling['rope_type']!r} must be a string")
     scaling.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    _positive("rope_theta", scaling["rope_theta"])
+    positive("rope_theta", scaling["rope_theta"])
     scaling.setdefault("max_position", config.get("max_position_embeddings", 2048))
     return scaling
 
@@ -137,7 +164,7 @@ def inverse_frequencies(settings: dict[str, Any], head_dim: int) -> np.ndarray:
     for field in ROPE_FIELDS.get(settings["rope_type"], ()):
         if field not in settings:
             raise ValueError(f"config.json: rope_type {settings['rope_type']!r} needs {field!r}")
-        _positive(field, settings[field])
+        positive(field, settings[field])
     frequencies = settings["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     match settings["rope_type"]:
         case "default":
@@ -146,6 +173,8 @@ def inverse_frequencies(settings: dict[str, Any], head_dim: int) -> np.ndarray:
             return frequencies / settings["factor"]
         case "llama3":
             low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+            if high <= low:
+                raise ValueError(f"config.json: high_freq_factor={high} must be above low_freq_factor={low}")
             original = settings["original_max_position_embeddings"]
             wavelength = 2 * np.pi / frequencies
             smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdet.models.config import ModelConfig, read_config, rope_settings
+from jaxdet.models.config import ModelConfig, count, positive, read_config, rope_settings, sliding_layers
 from jaxdet.models.layers import MLP, Attention, Batch, DecoderLM, RMSNorm
 from jaxdet.models.weights import Weights
 from pallas_kernels.reduce import pin
@@ -39,29 +39,26 @@ class Gemma3(DecoderLM):
 
     @staticmethod
     def read_config(config: dict[str, Any]) -> ModelConfig:
-        config = config.get("text_config") or config
+        text = config.get("text_config") or config
+        if not isinstance(text, dict):
+            raise ValueError(f"config.json: text_config={text!r} must be an object; fetch the model again")
         config = {
             "hidden_activation": "gelu_pytorch_tanh",
             "tie_word_embeddings": True,
             "head_dim": 256,
-            **config,
+            **text,
         }
         shared = read_config(config, "gemma3")
-        every = int(config.get("sliding_window_pattern") or GLOBAL_EVERY)
-        local = [
-            kind == "sliding_attention"
-            for kind in config.get("layer_types")
-            or [
-                "full_attention" if (i + 1) % every == 0 else "sliding_attention"
-                for i in range(shared.num_layers)
-            ]
-        ]
-        window = int(config.get("sliding_window") or 4096)
+        every = count(config, "sliding_window_pattern", GLOBAL_EVERY)
+        local = sliding_layers(config, shared.num_layers)
+        if local is None:
+            local = [(i + 1) % every != 0 for i in range(shared.num_layers)]
+        window = count(config, "sliding_window", 4096)
         return dataclasses.replace(
             shared,
-            attention_scale=1.0 / math.sqrt(config.get("query_pre_attn_scalar") or shared.head_dim),
-            soft_cap=config.get("attn_logit_softcapping"),
-            logit_soft_cap=config.get("final_logit_softcapping"),
+            attention_scale=1.0 / math.sqrt(_number(config, "query_pre_attn_scalar") or shared.head_dim),
+            soft_cap=_number(config, "attn_logit_softcapping"),
+            logit_soft_cap=_number(config, "final_logit_softcapping"),
             windows=tuple(window if is_local else None for is_local in local),
             rope=_ropes(config),
             rope_of_layer=tuple(int(is_local) for is_local in local),
@@ -78,17 +75,22 @@ class Gemma3(DecoderLM):
         return pin(rows.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
 
 
+def _number(config: dict[str, Any], key: str) -> float | None:
+    return None if config.get(key) is None else positive(key, config[key])
+
+
 def _ropes(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(global, local) rope settings, in transformers 5's nested form or the older two-theta form."""
     nested = config.get("rope_parameters") or {}
-    if "full_attention" in nested:
+    if isinstance(nested, dict) and "full_attention" in nested:
         both = [
-            rope_settings({**config, "rope_parameters": nested[k]})
+            rope_settings({**config, "rope_parameters": nested.get(k)})
             for k in ("full_attention", "sliding_attention")
         ]
         return both[0], both[1]
     theta = config.get("rope_theta") or 1_000_000.0
-    local = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0, "rope_type": "default"}
+    local_theta = _number(config, "rope_local_base_freq") or 10_000.0
+    local = {"rope_theta": local_theta, "rope_type": "default"}
     return rope_settings({**config, "rope_theta": theta}), local
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxdet.models.config import ModelConfig, read_config
+from jaxdet.models.config import ModelConfig, count, read_config
 from jaxdet.models.llama import Llama
 
 
@@ -13,4 +13,5 @@ class Mistral(Llama):
     @staticmethod
     def read_config(config: dict[str, Any]) -> ModelConfig:
         shared = read_config(config, "mistral")
-        return dataclasses.replace(shared, windows=(config.get("sliding_window"),) * shared.num_layers)
+        window = None if config.get("sliding_window") is None else count(config, "sliding_window")
+        return dataclasses.replace(shared, windows=(window,) * shared.num_layers)

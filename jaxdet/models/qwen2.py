@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxdet.models.config import ModelConfig, read_config
+from jaxdet.models.config import ModelConfig, count, read_config, sliding_layers
 from jaxdet.models.llama import Llama
 
 
@@ -18,8 +18,11 @@ class Qwen2(Llama):
 
 def upper_windows(config: dict[str, Any], layers: int) -> tuple[int | None, ...]:
     """Layers from `max_window_layers` on slide when `use_sliding_window` is set; `layer_types` overrules."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    if (types := config.get("layer_types")) is not None:
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    first = int(config.get("max_window_layers", layers))
-    return tuple(window if i >= first else None for i in range(layers))
+    slides = sliding_layers(config, layers)
+    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+        return (None,) * layers
+    if slides is None:
+        first = count(config, "max_window_layers", layers, smallest=0)
+        slides = [i >= first for i in range(layers)]
+    window = count(config, "sliding_window")
+    return tuple(window if slide else None for slide in slides)

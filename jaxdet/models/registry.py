@@ -30,7 +30,7 @@ def family_of(config: dict[str, Any]) -> type[DecoderLM]:
         ValueError: the architecture is not supported (named, with those that are).
     """
     kind = config.get("model_type", "unknown")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"architecture {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 

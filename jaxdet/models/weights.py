@@ -5,14 +5,11 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from jaxdet.cast import CHECKED_AT_ONCE, cast
 from jaxdet.models.config import ModelConfig
 from pallas_kernels.matmul import op as matmul_op
-
-CHECKED_AT_ONCE = 2**20
-"""Elements; a mask of a whole embedding would be as large as a layer."""
 
 
 class TensorSource(Protocol):
@@ -36,7 +33,7 @@ class Weights:
 
     def vector(self, *names: str, offset: float = 0.0) -> jax.Array:
         """One-dimensional tensors, joined, in float32; `offset` is added (Gemma's norms store w − 1)."""
-        parts = [self._read(name).astype(np.float32) for name in names]
+        parts = [self._cast(name, np.float32) for name in names]
         return jnp.asarray(np.concatenate(parts) + np.float32(offset))
 
     def matrix(self, *names: str) -> jax.Array:
@@ -48,11 +45,11 @@ class Weights:
         return jnp.asarray(matmul_op.pack_gated(self._matrix(gate), self._matrix(up), self.backend))
 
     def _matrix(self, *names: str) -> np.ndarray:
-        parts = [self._cast(self._read(name)) for name in names]
+        parts = [self._cast(name, self.dtype) for name in names]
         return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)).T
 
-    def _cast(self, value: np.ndarray) -> np.ndarray:
-        return value.astype(ml_dtypes.bfloat16 if self.dtype == jnp.bfloat16 else self.dtype, copy=False)
+    def _cast(self, name: str, dtype: np.typing.DTypeLike) -> np.ndarray:
+        return cast(self.prefix + name, self._read(name), dtype)
 
     def _read(self, name: str) -> np.ndarray:
         full = self.prefix + name
