@@ -12,8 +12,6 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
-CONFIG_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-
 
 class Tokenizer:
     """A tokenizer with its special tokens and chat template.
@@ -41,7 +39,7 @@ class Tokenizer:
         self.bos_token_id = backend.token_to_id(bos_token) if bos_token else None
         self.eos_token_ids = tuple(eos_token_ids)
         self.chat_template = chat_template
-        self.add_bos = add_bos
+        self.add_bos = add_bos and self.bos_token_id is not None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -65,7 +63,10 @@ class Tokenizer:
         )
         template = _template(config)
         if (jinja := folder / "chat_template.jinja").exists():
-            template = jinja.read_text(encoding="utf-8")
+            try:
+                template = jinja.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ValueError(f"{jinja} is no UTF-8 text; fetch the model again") from None
         bos, eos = (_special(config, key) for key in ("bos_token", "eos_token"))
         ids = (
             _end_ids(generation, "generation_config.json")

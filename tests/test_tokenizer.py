@@ -257,6 +257,18 @@ def test_fields_as_they_are_written(tmp_path: Path):
     assert (found.bos_token, found.eos_token_ids, found.chat_template) == (None, (), None)
 
 
+def test_a_bos_token_outside_the_vocabulary_is_not_put_first(tmp_path: Path):
+    for bos, ids in (("b", [1, 0]), ("<s>", [0]), (None, [0])):
+        fields = {"add_bos_token": True, "bos_token": bos}
+        assert Tokenizer.from_folder(saved(tmp_path, tokenizer_config=fields)).encode("a") == ids
+
+
+def test_a_template_file_that_is_no_utf8(tmp_path: Path):
+    (saved(tmp_path) / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is no UTF-8 text; fetch the model again$"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_text_that_is_no_utf8(byte_level):
     with pytest.raises(ValueError, match=r"^prompt holds bytes that are no UTF-8; give it as UTF-8 text$"):
         byte_level[0].encode(b"a\xfbb".decode("utf-8", "surrogateescape"))
