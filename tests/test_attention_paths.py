@@ -218,6 +218,81 @@ def test_batches_agree_with_each_sequence_alone(variant, dtype):
                 np.testing.assert_array_equal(bits, alone[i][begin:end])
 
 
+POISONS = [float("nan"), float("inf"), float("-inf")]
+
+
+def poisoned(seq, which, at, poison):
+    """The sequence with one entry of KV head 0 spoilt, in the key (1) or the value (2) at position `at`."""
+    out = [x.copy() for x in seq]
+    out[which][at, 0, 5] = poison
+    return tuple(out)
+
+
+def assert_only_rows_that_see_it_are_nan(variant, dtype, at, poison):
+    """Rows and heads that don't see the value at `at` keep a clean run's bits, the others are NaN; on every path."""
+    seq, table = sequence(0, 4, dtype), [1, 2, 3]
+    expected = prefill(variant, seq, table, dtype).view(dtype).copy()
+    expected[at : at + VARIANTS[variant].get("window", LENGTH), : seq[0].shape[1] // KV_HEADS] = np.nan
+    expected = expected.view(f"u{dtype.itemsize}")
+    seq = poisoned(seq, 2, at, poison)
+    np.testing.assert_array_equal(prefill(variant, seq, table, dtype), expected)
+    np.testing.assert_array_equal(prefill(variant, seq, table, dtype, 100), expected)
+    mates, tables = [sequence(1, 4, dtype), seq], [[4, 5, 6], table]
+    ends = sorted({e for e in (1, at, at + 1, at + 2, at + 33, at + 34, LENGTH) if 0 < e <= LENGTH})
+    for end in ends:
+        one = step(variant, [seq], [end - 1], [end], [table], dtype)[0]
+        np.testing.assert_array_equal(one, expected[end - 1 : end])
+        found = step(variant, mates, [LENGTH - 1, end - 1], [LENGTH, end], tables, dtype)[1]
+        np.testing.assert_array_equal(found, expected[end - 1 : end])
+    begin = max(at - 3, 0)
+    found = step(variant, mates, [7, begin], [LENGTH, LENGTH], tables, dtype, tokens=1024, decode=False)[1]
+    np.testing.assert_array_equal(found, expected[begin:])
+
+
+@pytest.mark.parametrize("variant", ["plain", "window_and_cap"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unseen_value_may_be_anything(variant, dtype):
+    """A value inside the rows' own tile, on a page's edges, in a tile that starts elsewhere."""
+    for at, poison in zip((0, 1, 45, 127, 128, 290), 2 * POISONS, strict=True):
+        assert_only_rows_that_see_it_are_nan(variant, jnp.dtype(dtype), at, poison)
+
+
+def test_an_unseen_value_may_be_anything_in_row_tiles(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.attention.xla.rows_are_free", lambda: False)
+    run.cache_clear()
+    try:
+        for at, poison in zip((0, 130, 290), POISONS, strict=True):
+            assert_only_rows_that_see_it_are_nan("window_and_cap", jnp.dtype(jnp.float32), at, poison)
+    finally:
+        run.cache_clear()
+
+
+def test_masking_by_zero_probabilities_fails_this(monkeypatch):
+    """Negative control: where only the scores are masked, 0 · NaN reaches the earlier rows of a tile."""
+    monkeypatch.setattr("pallas_kernels.attention.xla.jnp.isfinite", lambda x: jnp.ones(x.shape, bool))
+    run.cache_clear()
+    try:
+        with pytest.raises(AssertionError):
+            assert_only_rows_that_see_it_are_nan("plain", jnp.dtype(jnp.float32), 45, float("nan"))
+    finally:
+        run.cache_clear()
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("at", [40, 128])
+def test_paths_agree_on_infinite_and_nan_keys(at, poison):
+    """Also where a page's only seen key scores −inf, and its value is NaN."""
+    dtype, table = jnp.dtype(jnp.float32), [1, 2, 3]
+    clean = sequence(0, 4, dtype)
+    keys = poisoned(clean, 1, at, poison)
+    for seq in (keys, poisoned(keys, 2, at, float("nan"))):
+        whole = prefill("plain", seq, table, dtype)
+        np.testing.assert_array_equal(whole[:at], prefill("plain", clean, table, dtype)[:at])
+        np.testing.assert_array_equal(prefill("plain", seq, table, dtype, 100), whole)
+        positions = sorted({*EDGES[::3], at - 1, at, at + 1})
+        np.testing.assert_array_equal(decoded("plain", seq, table, dtype, positions), whole[positions])
+
+
 def test_plain_attention_differs():
     """Negative control: one softmax over the whole row, as plain JAX writes it, is another matter."""
     q, k, v = (jnp.asarray(x) for x in sequence(0, 4, jnp.dtype(jnp.float32)))

@@ -24,7 +24,14 @@ def attention(
 
     Within a segment: scores with float32 accumulation in ascending d, m = max, p = exp(s − m), l = Σp, o = Σp·v in
     ascending key order. Segments merge one after the other: O ← O·e^(M−M′) + o·e^(m−M′), likewise L. The result is
-    O / L, rounded once. A key outside the causal mask or the window contributes an exact zero, whatever it holds.
+    O / L, rounded once. A key outside the causal mask or the window contributes an exact zero if it is finite. If its
+    key or value is infinite or NaN:
+
+    - "xla": it contributes an exact zero still. A row that sees a value with an infinite or NaN entry is NaN, in the
+      query heads of that KV head, as is a row whose result overflows float32.
+    - "mosaic_gpu": an infinite or NaN key contributes an exact zero, and so does any value at or past the sequence's
+      `seq_lens`. A value before that must be finite: 0 · NaN makes a row NaN that loads the same block of keys
+      (`segments_sm90.BLOCK`) without seeing it: earlier rows of the same prefill, or rows whose window has left it.
 
     Args:
         q: queries of all sequences, one after the other.

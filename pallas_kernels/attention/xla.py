@@ -4,6 +4,11 @@ Queries are cut into tiles of one sequence each. A tile walks over its sequence'
 computes the segment's softmax from an empty state and merges it. Where XLA's dots are free in the row count all
 tiles go through together and a tile is as long as it likes; elsewhere tiles have a fixed shape and are mapped one
 by one, for decode and prefill alike.
+
+A key that a row doesn't see must not reach it, and 0 · NaN would. So P · V never meets an infinite or NaN value that
+some row of the tile doesn't see: decode, whose rows sit at one position, clears what that position doesn't see;
+prefill clears all such values and gives their keys NaN scores, which the mask takes away where they aren't seen.
+Either way a row that sees one isn't finite, and the end makes it NaN throughout.
 """
 
 import jax.numpy as jnp
@@ -42,21 +47,28 @@ def attention(
     picked = picked.reshape(-1, kv_heads, tile * group, dim)
     row_positions = jnp.repeat(positions, group, axis=1)
 
-    def attend(tile_queries, tables, row_positions):
+    def attend(tile_queries, tables, owner, row_positions):
         return _attend(
             tile_queries,
             tables,
+            owner,
             row_positions,
             k_pages,
             v_pages,
             scale=scale,
             window=window,
             soft_cap=soft_cap,
+            decode=max_query_len == 1,
         )
 
-    operands = (picked, block_tables[seq], row_positions)
-    one_by_one = lambda operands: lax.map(lambda one: attend(*(a[None] for a in one))[0], operands)  # noqa: E731
-    out = attend(*operands) if free else one_by_one(operands)
+    def attend_alone(tile):
+        tile_queries, table, row_positions = (a[None] for a in tile)
+        return attend(tile_queries, table, jnp.zeros(1, jnp.int32), row_positions)[0]
+
+    if free:
+        out = attend(picked, block_tables, seq, row_positions)
+    else:
+        out = lax.map(attend_alone, (picked, block_tables[seq], row_positions))
     out = out.reshape(-1, kv_heads, tile, group, dim).transpose(0, 2, 1, 3, 4).reshape(-1, heads, dim)
     if max_query_len == 1 and tile == 1:
         return out.astype(q.dtype)
@@ -80,8 +92,11 @@ def _tiles(query_start, tile, count):
     return seq, ((index - begin) * tile).astype(jnp.int32)
 
 
-def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
-    """q [N, Hkv, R, D] at positions [N, R] → float32 [N, Hkv, R, D]; a row at position −1 sees nothing."""
+def _attend(q, tables, owner, positions, k_pages, v_pages, *, scale, window, soft_cap, decode):
+    """q [N, Hkv, R, D] at positions [N, R] → float32 [N, Hkv, R, D]; a row at position −1 sees nothing.
+
+    Tile n's keys are in the pages tables[owner[n]]. With `decode`, a tile's rows share one position, save those at −1.
+    """
     count, kv_heads, rows, dim = q.shape
     page = k_pages.shape[2]
     padded = max(rows, 2)
@@ -98,14 +113,21 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
     def segment(index, state):
         best, total, out = state
         numbers = lax.dynamic_index_in_dim(tables, index, axis=1, keepdims=False)
-        keys = k_pages.at[numbers].get(mode="promise_in_bounds")
-        values = v_pages.at[numbers].get(mode="promise_in_bounds")
+        keys = k_pages.at[numbers[owner]].get(mode="promise_in_bounds")
+        at = index * page + jnp.arange(page, dtype=jnp.int32)
+        if decode:
+            values = v_pages.at[numbers[owner]].get(mode="promise_in_bounds")
+            seen = at[None] <= last[:, None]
+            if window is not None:
+                seen &= at[None] > last[:, None] - window
+            values, sound = jnp.where(seen[:, None, :, None], values, 0), None
+        else:
+            values = v_pages.at[numbers].get(mode="promise_in_bounds")  # once a sequence, whatever its tiles
+            finite = jnp.isfinite(values)
+            values = jnp.where(finite, values, 0).at[owner].get(mode="promise_in_bounds")
+            sound = pin(jnp.all(finite, axis=3)).at[owner].get(mode="promise_in_bounds")
         # From about 50 rows on XLA sums k in several accumulators unless the columns are a multiple of 64.
         values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, columns - dim)))
-        at = index * page + jnp.arange(page, dtype=jnp.int32)
-        # Keys and values past the sequence may be anything, NaN included: 0 · NaN must not happen.
-        live = (at[None] <= last[:, None])[:, None, :, None]
-        values = jnp.where(live, values, 0)
         scores = _dot_f32(q, keys, (((3,), (3,)), ((0, 1), (0, 1))))
         scores = pin(scores * scale)
         if soft_cap is not None:
@@ -113,16 +135,22 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
         visible = at[None, None] <= positions[..., None]
         if window is not None:
             visible &= at[None, None] > positions[..., None] - window
+        if sound is not None:
+            scores = jnp.where(sound[:, :, None], scores, jnp.nan)
         scores = jnp.where(visible[:, None], scores, -jnp.inf)
         peak = pin(jnp.max(scores, axis=3, keepdims=True))
-        empty = peak == -jnp.inf
-        probs = pin(jnp.exp(scores - jnp.where(empty, 0.0, peak)))
+        probs = pin(jnp.exp(scores - jnp.where(peak == -jnp.inf, 0.0, peak)))
         mass = row_sum(probs.reshape(-1, page)).reshape(*peak.shape)
         part = pin(_dot_f32(probs.astype(values.dtype), values, (((3,), (2,)), ((0, 1), (0, 1)))))
         new = jnp.maximum(best, peak)
         old_scale, new_scale = jnp.exp(best - new), jnp.exp(peak - new)
         a, b, c, d = pin(total * old_scale, mass * new_scale, out * old_scale, part * new_scale)
-        keep = lambda merged, previous: jnp.where(empty, previous, merged)  # noqa: E731
+        # By position, not by the peak: it is −inf for seen keys too that are infinite, and their values count.
+        overlaps = at[0] <= positions
+        if window is not None:
+            overlaps &= at[-1] > positions - window
+        overlaps = overlaps[:, None, :, None]
+        keep = lambda merged, previous: jnp.where(overlaps, merged, previous)  # noqa: E731
         return pin(keep(new, best), keep(a + b, total), keep(c + d, out))
 
     start = (
@@ -131,7 +159,8 @@ def _attend(q, tables, positions, k_pages, v_pages, *, scale, window, soft_cap):
         jnp.zeros((count, kv_heads, padded, columns), jnp.float32),
     )
     _, total, out = lax.fori_loop(begin, pages, segment, start)
-    return pin(out / jnp.where(total == 0, 1.0, total))[:, :, :rows, :dim]
+    out = pin(out / jnp.where(total == 0, 1.0, total))[:, :, :rows, :dim]
+    return jnp.where(jnp.all(jnp.isfinite(out), axis=3, keepdims=True), out, jnp.nan)
 
 
 def _dot_f32(a, b, dims):
