@@ -65,6 +65,8 @@ def _row_free(x, packed):
         y = y.transpose(0, 2, 1, 3).reshape(chunks, m, blocks * width)
         parts = [y[c] for c in range(chunks)]
     else:
+        # Not before x is there: XLA would lay out every layer's weights first and hold them all at once.
+        packed = pin(x, packed)[1]
         flat = packed.transpose(0, 2, 1, 3).reshape(chunks, depth, blocks * width)
         parts = [
             _dot_f32(x[:, c * depth : (c + 1) * depth], flat[c], (((1,), (0,)), ((), ())))
