@@ -36,6 +36,7 @@ def test_certifies(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_catches_a_plain_matmul(tmp_path, monkeypatch):
     """Negative control: with XLA's own dots in place of the kernel's, verification fails."""
 
