@@ -61,8 +61,8 @@ def run_demo(console: Console) -> bool:
             for way, answer in answers:
                 ways[engine][way] = answer
                 bar.update()
-    console.print(_table(ways))
     differing = {engine: _differing(answers) for engine, answers in ways.items()}
+    console.print(_table(ways, differing))
     if same := not any(differing["jaxdet"].values()):
         console.print("[bold green]jaxdet: the same bits every time.")
     else:
@@ -106,15 +106,15 @@ def _differing(answers: dict[str, Answer]) -> dict[str, int]:
     }
 
 
-def _table(ways: dict[str, dict[str, Answer]]) -> Table:
+def _table(ways: dict[str, dict[str, Answer]], differing: dict[str, dict[str, int]]) -> Table:
     size = ways["jaxdet"]["alone"][1].size
     title = f"“{PROMPTS[0]}”, {TOKENS} greedy tokens, all {size:,} logits"
     table = Table("", "token ids", "logits", title=title, title_justify="left")
     table.add_column("differ", justify="right")
     for engine, answers in ways.items():
-        differing = _differing(answers)
         for way, (tokens, logits) in answers.items():
-            count = Text(f"{differing[way]:,}", style="red" if differing[way] else "green")
+            moved = differing[engine][way]
+            count = Text(f"{moved:,}", style="red" if moved else "green")
             table.add_row(f"{engine} {way}", _digest(np.array(tokens, np.int32)), _digest(logits), count)
         table.add_section()
     return table

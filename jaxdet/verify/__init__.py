@@ -1,6 +1,5 @@
 """Certifies a machine: computes the same values in many ways and compares every bit."""
 
-import itertools
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,8 +40,8 @@ def verify(
                 yield case
 
         digest = reference_digest(probe)
-        restart = (restart_case(str(model), llm.dtype, backend, digest) for _ in range(1))
-        cases = list(run(itertools.chain(step_cases(probe), request_cases(llm, probe.tokens), restart)))
+        cases = [*run(step_cases(probe)), *run(request_cases(llm, probe.tokens))]
+        cases += run([restart_case(str(model), llm.dtype, backend, digest)])
         plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)
         control = list(run(control_cases(plain, probe.tokens)))
     cases.sort(key=lambda case: case.promise)
