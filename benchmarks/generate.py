@@ -9,6 +9,7 @@ machine does hits both; the ratio is the median of the rounds' ratios. Writes JS
 """
 
 import contextlib
+import functools
 import json
 import statistics
 import time
@@ -63,12 +64,12 @@ def decode_ours(llm: LLM, batch: int, rng) -> Iterator[Callable[[], float]]:
 
 def decode_plain(plain: Baseline, batch: int, rng) -> Callable[[], float]:
     """The same for the static cache, one jitted call and one host read a step."""
-    step = jax.jit(
-        lambda p, c, t, at: (lambda out: (out[0][:, -1].argmax(-1), out[1]))(
-            plain.forward(p, c, t[:, None], at)
-        ),
-        donate_argnums=1,
-    )
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(params, cache, tokens, at):
+        logits, cache = plain.forward(params, cache, tokens[:, None], at)
+        return logits[:, -1].argmax(-1), cache
+
     start = np.zeros(batch, np.int32)
     prompts = rng.integers(0, 1000, (batch, PROMPT)).astype(np.int32)
     logits, cache = plain.forward(plain.params, plain.new_cache(batch), prompts, start, start + PROMPT - 1)

@@ -108,9 +108,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: Annotated[
-        str, typer.Argument(help=f"{DEMO_MODEL}, a folder, a .gguf file or a hub id.")
-    ] = DEMO_MODEL,
+    model: ModelArgument = DEMO_MODEL,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
