@@ -1,17 +1,25 @@
-"""Tiny random models with a byte-level tokenizer: whole checkpoints in 200 kB, for tests and examples."""
+"""Random models for tests, examples and benchmarks: tiny checkpoints with a tokenizer, and models of any size."""
 
+import dataclasses
+import functools
 import json
 import math
 import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
+from jaxdet.models.layers import DecoderLM
+from jaxdet.models.registry import family_of
+from jaxdet.models.weights import Weights, tensor_shape
 from jaxdet.tokenizer import Tokenizer
+from pallas_kernels.matmul import op as matmul_op
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -70,6 +78,56 @@ def write_tiny_model(folder: str | Path, family: str = "llama", *, seed: int = 0
     save_file(_tensors(config, seed), folder / "model.safetensors")
     byte_tokenizer().save(folder)
     return folder
+
+
+def random_model(
+    config: dict[str, Any], *, dtype: jnp.dtype, backend: str, max_model_len: int, seed: int = 0
+) -> DecoderLM:
+    """A model of any size, its weights drawn on the device (normal, standard deviation 0.02; norms 1, biases 0).
+
+    Args:
+        config: as a config.json; only shapes matter.
+    """
+    family = family_of(config)
+    shape = family.read_config(config)
+    weights = _RandomWeights(_NoSource(), jnp.dtype(dtype), backend, shape, seed=seed)
+    return family(weights, shape, max_model_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RandomWeights(Weights):
+    """Draws each tensor, in the layout that layers use, instead of reading it."""
+
+    seed: int = 0
+
+    def vector(self, *names: str, offset: float = 0.0) -> jax.Array:
+        size = sum(tensor_shape(self.prefix + name, self.config)[0] for name in names)
+        return jnp.full(size, float(not names[0].endswith("bias")), jnp.float32)
+
+    def matrix(self, *names: str) -> jax.Array:
+        shapes = [tensor_shape(self.prefix + name, self.config) for name in names]
+        size = sum(shape[0] for shape in shapes)
+        return _draw_packed(self._key(names[0]), (shapes[0][1], size), 1, self.dtype, self.backend)
+
+    def gated(self, gate: str, up: str) -> jax.Array:
+        size, k = tensor_shape(self.prefix + gate, self.config)
+        return _draw_packed(self._key(gate), (k, size), 2, self.dtype, self.backend)
+
+    def _key(self, name: str) -> jax.Array:
+        return jax.random.key(zlib.crc32(f"{self.prefix}{name}/{self.seed}".encode()))
+
+
+class _NoSource:
+    def read(self, name: str) -> np.ndarray:
+        raise AssertionError(f"{name} is drawn, not read")
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _draw_packed(key, shape, halves, dtype, backend):
+    drawn = [
+        jax.random.normal(k, shape, dtype) * jnp.asarray(0.02, dtype) for k in jax.random.split(key, halves)
+    ]
+    return matmul_op.pack(*drawn, backend) if halves == 1 else matmul_op.pack_gated(*drawn, backend)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -8,6 +8,7 @@ from jax._src.lib.mlir.dialects import math as mlir_math
 from jax.experimental import pallas as pl
 from jax.experimental.compilation_cache.compilation_cache import reset_cache as reset_compilation_cache
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 __all__ = [
     "add_rounded",
@@ -17,15 +18,22 @@ __all__ = [
     "kernel_in_place",
     "pl",
     "plgpu",
+    "pltpu",
     "reduce_columns",
     "require_hopper",
     "reset_compilation_cache",
+    "tpu_interpreter",
 ]
 
 
 def gpu_interpreter():
     """Context in which Mosaic GPU kernels run on the CPU; a read past an array's end gives NaN."""
     return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized"))
+
+
+def tpu_interpreter():
+    """Context in which Mosaic TPU kernels run on the CPU; memory that nothing wrote holds NaN."""
+    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams())
 
 
 def interpreting() -> bool:

@@ -46,7 +46,7 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     windows: tuple[int | None, ...] = ()
     """Per layer: how many keys a query sees, or None for all."""
-    rope: tuple[dict[str, Any], ...] = ()
+    rope: tuple[dict[str, Any], ...] = dataclasses.field(default=(), hash=False)
     """The distinct rope settings ("rope_theta", "rope_type", …)."""
     rope_of_layer: tuple[int, ...] = ()
     """Per layer: its index in `rope`."""

@@ -187,7 +187,7 @@ class DecoderLM(nnx.Module):
         x = self.embed(batch.tokens)
         written = []
         for layer, rope, kv in zip(self.layers, self.config.rope_of_layer, cache, strict=True):
-            x, kv = layer(x, batch, self.rope[rope][...], kv)
+            x, kv = _run_layer(*nnx.split(layer), x, batch, self.rope[rope][...], kv)
             written.append(kv)
         return self.norm(x), written
 
@@ -198,6 +198,12 @@ class DecoderLM(nnx.Module):
         if c.logit_soft_cap is not None:
             out = pin(jnp.tanh(out / c.logit_soft_cap) * c.logit_soft_cap)
         return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graph, state, x, batch: Batch, rope, cache):
+    """A layer as a function of its own, so that layers alike are traced and lowered once, not once each."""
+    return nnx.merge(graph, state)(x, batch, rope, cache)
 
 
 def _value(parameter: nnx.Param | None) -> jax.Array | None:

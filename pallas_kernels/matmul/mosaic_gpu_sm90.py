@@ -8,6 +8,7 @@ Weights are stored [ceil(K / 64), N, 64], so that a k-block of any column range 
 Gate and up columns alternate in groups of GATE_GROUP, so that one CTA holds both halves of what it multiplies.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -100,6 +101,8 @@ def _product(x, packed, *, bias=None, residual=None, activation=None, out_dtype=
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     tile = tile or tuned_tile(rows, k, columns)
+    if tile.columns > columns:  # a TMA box wider than its array reads wrong columns
+        tile = dataclasses.replace(tile, columns=columns)
     # TMA wants fewer than 8 rows or a multiple of 8, and partly out-of-range boxes are slow.
     # The interpreter does not copy part of a tile.
     unit = tile.rows if rows > 64 or interpreting() else 8 if rows > 8 else 1
