@@ -3,6 +3,8 @@ BIN := .venv/bin
 SOURCES := jaxdet pallas_kernels tests benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+LIBTPU := .venv/libtpu
+
 .PHONY: help setup demo test test-slow check bench lock clean
 help:
 	@echo "make demo       answers a few prompts with SmolLM2-135M and proves that the bits do not move"
@@ -19,16 +21,21 @@ setup: .venv/.ready
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Out of Python's sight: JAX would look for a TPU, and complain, at every start on a machine that has none.
+$(LIBTPU)/.ready: requirements-tpu.lock .venv/.ready
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(LIBTPU) -r requirements-tpu.lock
+	@touch $@
+
 demo: setup
 	@$(BIN)/jaxdet demo
 
 check: setup
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
-test: check
+test: check $(LIBTPU)/.ready
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
-test-slow: setup
+test-slow: setup $(LIBTPU)/.ready
 	$(BIN)/pytest -m "slow and not gpu"
 
 bench: setup
@@ -38,6 +45,8 @@ lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
 		--constraint constraints.txt --no-emit-index-url --no-emit-find-links --no-annotate \
 		--custom-compile-command "make lock" --allow-unsafe --quiet -o requirements.lock
+	uv pip compile --group tpu-aot --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --no-annotate --custom-compile-command "make lock" --quiet -o requirements-tpu.lock
 
 clean:
 	rm -rf .venv dist build out .pytest_cache .ruff_cache .hypothesis

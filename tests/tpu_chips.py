@@ -1,0 +1,63 @@
+"""TPUs that are not here: compiles a function for each chip with libtpu, on a CPU."""
+
+import contextlib
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+VMEM = {"v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}
+"""MiB a core."""
+HBM = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+"""GiB a device: a chip, or a core of tpu7x."""
+LIBRARY = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+
+needs_libtpu = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.uname().machine != "x86_64",
+    reason="libtpu is published for x86_64 Linux alone",
+)
+
+
+class Compiled(NamedTuple):
+    """A program for a TPU and the seconds that its compilation took."""
+
+    program: jax.stages.Compiled
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """The optimised HLO."""
+        return self.program.as_text() or ""
+
+
+def compile_for(chip: str, function, *operands, donate_argnums=()) -> Compiled:
+    """Compiles `function` of abstract `operands` for one device of `chip`."""
+    device = _device(chip)
+    place = jax.sharding.SingleDeviceSharding(device)
+    operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
+    started = time.perf_counter()
+    with pretending(chip):
+        traced = jax.jit(function, donate_argnums=donate_argnums).trace(*operands)
+        program = traced.lower(lowering_platforms=("tpu",)).compile()
+    return Compiled(program, time.perf_counter() - started)
+
+
+def pretending(chip: str) -> contextlib.AbstractContextManager:
+    """Context in which Mosaic lowers for that chip, not for the machine that it runs on."""
+    mesh = jax.sharding.Mesh([_device(chip)], ("device",))
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+@functools.cache
+def _device(chip: str):
+    if not LIBRARY.exists():
+        raise FileNotFoundError(f"{LIBRARY} is missing; run `make .venv/libtpu/.ready`")
+    os.environ["TPU_LIBRARY_PATH"] = str(LIBRARY)
+    return topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
