@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import pl, pltpu
-from pallas_kernels.tiles_tpu import LANES, dot, require_dtype, round_up
+from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, dot, require_dtype, round_up
 
 ROW_TILE = 128
 COLUMN_TILE = 512
@@ -28,8 +28,6 @@ BLOCK_BYTES = 5120
 
 ROW_TILES, COLUMN_TILES = 8, 2
 """Tiles that share a fetched block when there are more rows than one tile's."""
-
-VMEM_LIMIT = 56 * 2**20
 
 
 def block_k(k: int, dtype) -> int:
