@@ -72,7 +72,7 @@ class Gemma3(DecoderLM):
         # The scale itself is rounded to the dtype first, as in the reference implementation.
         scale = jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
         rows = super().embed(tokens)
-        return pin(rows.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype)
+        return pin((rows.astype(jnp.float32) * scale.astype(jnp.float32)).astype(self.dtype))
 
 
 def _number(config: dict[str, Any], key: str) -> float | None:
@@ -95,4 +95,4 @@ def _ropes(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _add(x, y):
-    return pin(x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
+    return pin((x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype))

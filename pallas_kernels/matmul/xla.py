@@ -97,14 +97,14 @@ def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None):
         y = pin(y + bias.astype(jnp.float32))
     if residual is not None:
         y = pin(y + residual.astype(jnp.float32))
-    return y.astype(out_dtype or x.dtype)
+    return pin(y.astype(out_dtype or x.dtype))  # or XLA may go on from the unrounded sum
 
 
 def gated_matmul(x, packed, *, n, activation, out_dtype=None):
     """See `op.gated_matmul`; gate and up lie side by side, each `n` columns."""
     y = dot(x, packed, 2 * n)
     gate, up = y[:, :n], y[:, n:]
-    return pin(ACTIVATIONS[activation](gate) * up).astype(out_dtype or x.dtype)
+    return pin((ACTIVATIONS[activation](gate) * up).astype(out_dtype or x.dtype))
 
 
 def pack_gated(gate, up):

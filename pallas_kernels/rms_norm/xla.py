@@ -12,4 +12,4 @@ def rms_norm(x, weight, *, eps):
     total = row_sum(pin(wide * wide))
     # Adding before scaling leaves no product that a compiler could contract into the sum.
     inverse = 1.0 / jnp.sqrt((total + size * eps) * (1.0 / size))
-    return pin((wide * pin(inverse)) * weight).astype(x.dtype)
+    return pin(((wide * pin(inverse)) * weight).astype(x.dtype))
