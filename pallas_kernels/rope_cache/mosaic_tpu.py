@@ -151,10 +151,7 @@ def _kernel(slots_ref, first_ref, qkv_ref, angles_ref, *refs, tokens, q_heads, k
     def put(t, _):
         to, offset = first_ref[begin + t], slots_ref[begin + t] % group
         for _, rows, groups in pools:
-            if transposed:
-                new = pltpu.roll(rows[...], (offset - t) % LANES, 2)
-            else:
-                new = rows[:, pl.ds(t, 1)]
+            new = pltpu.roll(rows[...], (offset - t) % LANES, 2) if transposed else rows[:, pl.ds(t, 1)]
             old = groups[to].astype(jnp.float32)  # 16-bit values can't be addressed row by row
             groups[to] = jnp.where(key == offset, new, old).astype(groups.dtype)
 
