@@ -167,7 +167,6 @@ def sampling_rows(count: int, **over) -> SamplingRows:
     """Rows with every mix of temperature, top-k, top-p and min-p."""
     rng = np.random.default_rng(0)
     of = lambda dtype, *values: jnp.asarray(np.resize(values, count), dtype)  # noqa: E731
-    none = jnp.zeros((count, 0), jnp.int32)
     fields = {
         "temperature": of(jnp.float32, 0, 0.7, 1, 1.3, 1, 2, 0.2),
         "top_k": of(jnp.int32, 0, 0, 5, 40, 1000),
@@ -176,13 +175,6 @@ def sampling_rows(count: int, **over) -> SamplingRows:
         "seed": jnp.asarray(rng.integers(0, 2**32, (count, 2)), jnp.uint32),
         "sample_index": of(jnp.int32, 0, 1, 2),
         "position": jnp.arange(count, dtype=jnp.int32),
-        "repetition_penalty": jnp.ones(count),
-        "presence_penalty": jnp.zeros(count),
-        "frequency_penalty": jnp.zeros(count),
-        "adjusted_ids": none,
-        "adjusted_bias": none.astype(jnp.float32),
-        "seen": none.astype(bool),
-        "output_counts": none,
     }
     return SamplingRows(**fields | over)
 

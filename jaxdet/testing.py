@@ -127,7 +127,8 @@ def _draw_packed(key, shape, halves, dtype, backend):
     drawn = [
         jax.random.normal(k, shape, dtype) * jnp.asarray(0.02, dtype) for k in jax.random.split(key, halves)
     ]
-    return matmul_op.pack(*drawn, backend) if halves == 1 else matmul_op.pack_gated(*drawn, backend)
+    pack = matmul_op.pack if halves == 1 else matmul_op.pack_gated
+    return pack(*drawn, backend=backend)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -18,6 +18,8 @@ import op_digests
 from jaxdet import LLM, NUMERICS_VERSION, SamplingParams
 from jaxdet.checkpoints import open_checkpoint
 from jaxdet.engine.batch import model_batch
+from jaxdet.engine.buckets import Bucket
+from jaxdet.engine.scheduler import Part, Plan
 from jaxdet.engine.sequence import Sequence
 from jaxdet.engine.step import Step
 from jaxdet.models.registry import build_model
@@ -78,7 +80,8 @@ def _intermediates(folder: Path, dtype: str, prompt: list[int]) -> dict[str, np.
         stop_ids=frozenset(),
         pages=[1, 2],
     )
-    batch = model_batch([(sequence, LENGTH)], max_prefill_seqs=1, max_num_seqs=1, max_tokens=256, table=2)
+    plan = Plan(chunks=[Part(sequence, 0, LENGTH, [], True)])
+    batch, _ = model_batch(plan, Bucket(0, 256, 1), table=2)
     layer, c = model.layers[0], model.config
     rope = model.rope[c.rope_of_layer[0]][...]
     x = jax.jit(model.embed)(batch.tokens)

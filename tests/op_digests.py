@@ -13,7 +13,7 @@ from pallas_kernels.matmul.op import gated_matmul, matmul, pack, pack_gated
 from pallas_kernels.numerics import PAGE_SIZE
 from pallas_kernels.rms_norm.op import rms_norm
 from pallas_kernels.rope_cache.op import rope_cache, rope_table
-from pallas_kernels.sample.op import SamplingRows, sample, token_logprobs
+from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, sample, token_logprobs
 
 DTYPES = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 
@@ -69,15 +69,18 @@ def sampled(rng, _):
             seed=np.asarray([[i, 7 * i] for i in range(5)], np.uint32),
             sample_index=np.arange(5, dtype=np.int32),
             position=np.arange(5, dtype=np.int32) * 1000,
-            repetition_penalty=column(1, 1.1, 1, 0.9, 1),
-            presence_penalty=column(0, 0.5, 0, 0, -1),
-            frequency_penalty=column(0, 0.1, 0.3, 0, 0),
-            adjusted_ids=rng.integers(0, vocab, (5, 1)) + np.arange(4, dtype=np.int32),
-            adjusted_bias=rng.standard_normal((5, 4)).astype(np.float32),
-            seen=rng.random((5, 4)) < 0.5,
-            output_counts=rng.integers(0, 3, (5, 4)).astype(np.int32),
         )
-        yield from jax.jit(sample)(logits, rows)
+        penalties = [column(1, 1.1, 1, 0.9, 1), column(0, 0.5, 0, 0, -1), column(0, 0.1, 0.3, 0, 0)]
+        ids = rng.integers(0, vocab, (5, 1)) + np.arange(4, dtype=np.int32)
+        adjustments = Adjustments(
+            np.repeat(np.arange(5, dtype=np.int32), 4),
+            ids.reshape(-1).astype(np.int32),
+            rng.standard_normal(20).astype(np.float32),
+            rng.random(20) < 0.5,
+            rng.integers(0, 3, 20).astype(np.int32),
+            *(np.repeat(p, 4) for p in penalties),
+        )
+        yield from jax.jit(lambda x, rows, a: sample(adjust(x, a), rows))(logits, rows, adjustments)
         yield from jax.jit(partial(token_logprobs, top=5))(logits, np.arange(5, dtype=np.int32))
 
 

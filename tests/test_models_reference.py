@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdet.checkpoints import open_checkpoint
 from jaxdet.engine.batch import model_batch
+from jaxdet.engine.buckets import Bucket
+from jaxdet.engine.scheduler import Part, Plan
 from jaxdet.engine.sequence import Sequence
 from jaxdet.engine.step import Step
 from jaxdet.models.registry import build_model
@@ -49,13 +51,8 @@ def logits_of(folder, ids, dtype) -> np.ndarray:
         )
         sequences[-1].pages = [row + 1]
     count, length = ids.shape
-    batch = model_batch(
-        [(s, length) for s in sequences],
-        max_prefill_seqs=count,
-        max_num_seqs=count,
-        max_tokens=512,
-        table=1,
-    )
+    plan = Plan(chunks=[Part(s, 0, length, [], True) for s in sequences])
+    batch, _ = model_batch(plan, Bucket(0, 512, count), table=1)
     logits, _ = step.forward(step.new_cache(count + 1, PAGE_SIZE), batch)
     assert logits.dtype == jnp.float32
     return np.asarray(logits)[: count * length].reshape(count, length, -1)

@@ -10,10 +10,14 @@ import pytest
 from scipy import stats
 
 from pallas_kernels.sample import xla
-from pallas_kernels.sample.op import SamplingRows, sample, token_logprobs
+from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, sample, token_logprobs
 
 VOCABS = (288, 49152, 151936)
-draw = jax.jit(sample)
+
+
+@jax.jit
+def draw(logits, rows, adjustments=None):
+    return sample(logits if adjustments is None else adjust(logits, adjustments), rows)
 
 
 def bits(x):
@@ -21,14 +25,10 @@ def bits(x):
     return x if x.dtype == bool else x.view(f"u{x.dtype.itemsize}")
 
 
-def make_rows(count, vocab, seed=0, adjusted=8):
-    """Rows of every kind: greedy, plain, each filter alone, all together, penalties, bias −inf."""
+def make_rows(count, vocab, seed=0):
+    """Rows of every kind: greedy, plain, each filter alone, all together."""
     rng = np.random.default_rng(seed)
     pick = lambda *values: rng.choice(np.asarray(values), count)  # noqa: E731
-    ids = np.stack([rng.permutation(vocab)[:adjusted] for _ in range(count)]).astype(np.int32)
-    used = rng.random((count, adjusted)) < 0.7
-    seen = used & (rng.random((count, adjusted)) < 0.6)
-    bias = rng.choice(np.asarray([0, 0, 1.5, -2, -np.inf]), (count, adjusted))
     return SamplingRows(
         temperature=pick(0, 0.3, 1, 1.7).astype(np.float32),
         top_k=pick(0, 0, 1, 5, 100).astype(np.int32),
@@ -37,14 +37,32 @@ def make_rows(count, vocab, seed=0, adjusted=8):
         seed=rng.integers(0, 2**32, (count, 2), np.uint32),
         sample_index=rng.integers(0, 8, count).astype(np.int32),
         position=rng.integers(0, 10000, count).astype(np.int32),
-        repetition_penalty=pick(1, 1.3, 0.8).astype(np.float32),
-        presence_penalty=pick(0, 0.7, -0.5).astype(np.float32),
-        frequency_penalty=pick(0, 0.2, -0.1).astype(np.float32),
-        adjusted_ids=np.where(used, ids, vocab).astype(np.int32),
-        adjusted_bias=np.where(used, bias, 0).astype(np.float32),
-        seen=seen,
-        output_counts=np.where(seen, rng.integers(0, 4, (count, adjusted)), 0).astype(np.int32),
     )
+
+
+def make_adjustments(count, vocab, seed=0):
+    """Per row a list of (id, bias, seen, count, repetition, presence, frequency)."""
+    rng = np.random.default_rng(seed)
+    table = []
+    for _ in range(count):
+        penalties = rng.choice([1, 1.3, 0.8]), rng.choice([0, 0.7, -0.5]), rng.choice([0, 0.2, -0.1])
+        entries = []
+        for token in rng.permutation(vocab)[: rng.integers(0, 8)]:
+            seen = bool(rng.random() < 0.6)
+            bias = rng.choice([0, 0, 1.5, -2, -np.inf])
+            entries.append((token, bias, seen, int(rng.integers(0, 4)) * seen, *penalties))
+        table.append(entries)
+    return table
+
+
+def flat(table, picked=None, pad=0):
+    """The picked rows' entries as the op takes them, in any order, with padding."""
+    rows = range(len(table)) if picked is None else picked
+    entries = [(row, *entry) for row, index in enumerate(rows) for entry in table[index]]
+    entries = [*entries[::-1], *[(len(rows), 0, 0, False, 0, 1, 0, 0)] * pad]
+    columns = zip(*entries, strict=True) if entries else [()] * 8
+    kinds = ("i4", "i4", "f4", "?", "i4", "f4", "f4", "f4")
+    return Adjustments(*(np.asarray(c, k) for c, k in zip(columns, kinds, strict=True)))
 
 
 def take(rows, picked):
@@ -55,20 +73,14 @@ def random_logits(count, vocab, seed=0):
     return (3 * np.random.default_rng(seed).standard_normal((count, vocab))).astype(np.float32)
 
 
-def reference(logits, row):
+def reference(logits, row, adjustments):
     """The allowed tokens' scaled logits (−inf elsewhere), float64, one row, as the contract says in words."""
     x = logits.astype(np.float64).copy()
-    for token, bias, seen, count in zip(
-        row.adjusted_ids, row.adjusted_bias, row.seen, row.output_counts, strict=True
-    ):
-        if token == len(x):
-            continue
+    for token, bias, seen, count, repetition, presence, frequency in adjustments:
         x[token] += bias
         if seen:
-            x[token] = (
-                x[token] / row.repetition_penalty if x[token] > 0 else x[token] * row.repetition_penalty
-            )
-        x[token] -= row.frequency_penalty * count + (row.presence_penalty if count else 0)
+            x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
+        x[token] -= frequency * count + (presence if count else 0)
     if row.temperature == 0:
         return x
     x /= row.temperature
@@ -86,21 +98,21 @@ def reference(logits, row):
 
 @pytest.mark.parametrize(("vocab", "count"), [(288, 64), (49152, 16), (151936, 6)])
 def test_agrees_with_a_plain_sampler(vocab, count):
-    rows, logits = make_rows(count, vocab), random_logits(count, vocab)
-    tokens, usable = draw(logits, rows)
+    rows, logits, table = make_rows(count, vocab), random_logits(count, vocab), make_adjustments(count, vocab)
+    tokens, usable = draw(logits, rows, flat(table))
     assert np.asarray(usable).all()
     noise = np.asarray(xla.gumbel(rows.seed, rows.sample_index, rows.position, vocab), np.float64)
     for i in range(count):
         row = take(rows, i)
-        scores = reference(logits[i], row)
+        scores = reference(logits[i], row, table[i])
         assert tokens[i] == np.argmax(scores + (noise[i] if row.temperature else 0)), row
 
 
 @pytest.mark.parametrize("vocab", [288, 49152])
 def test_rows_never_see_their_batch(vocab):
     """Batches of 1…64 rows in any order, NaN rows and rows of any parameters beside them."""
-    rows, logits = make_rows(12, vocab), random_logits(12, vocab)
-    alone = [int(draw(logits[i : i + 1], take(rows, [i]))[0][0]) for i in range(12)]
+    rows, logits, table = make_rows(12, vocab), random_logits(12, vocab), make_adjustments(12, vocab)
+    alone = [int(draw(logits[i : i + 1], take(rows, [i]), flat(table, [i]))[0][0]) for i in range(12)]
     score = jax.jit(functools.partial(token_logprobs, top=5))
     ids = np.asarray(alone, np.int32)
     scored = [score(logits[i : i + 1], ids[i : i + 1]) for i in range(12)]
@@ -109,7 +121,7 @@ def test_rows_never_see_their_batch(vocab):
         picked, poisoned = rng.integers(0, 12, count), rng.random(count) < 0.3
         batch = logits[picked]
         batch[poisoned] = rng.choice([np.nan, np.inf, 1e30, -np.inf], (poisoned.sum(), 1))
-        tokens, usable = draw(batch, take(rows, picked))
+        tokens, usable = draw(batch, take(rows, picked), flat(table, picked, pad=int(rng.integers(0, 9))))
         found = score(batch, ids[picked])
         for i in np.flatnonzero(~poisoned):
             assert tokens[i] == alone[picked[i]] and usable[i]
@@ -117,17 +129,20 @@ def test_rows_never_see_their_batch(vocab):
                 np.testing.assert_array_equal(bits(a[i]), bits(b[0]))
 
 
-def test_width_of_the_adjustments_never_matters():
-    """A batch-mate with many penalised tokens widens everyone's table."""
-    rows, logits = make_rows(8, 288), random_logits(8, 288)
-    wide = dataclasses.replace(
-        rows,
-        adjusted_ids=np.pad(rows.adjusted_ids, ((0, 0), (0, 24)), constant_values=288),
-        **{
-            n: np.pad(getattr(rows, n), ((0, 0), (0, 24))) for n in ("adjusted_bias", "seen", "output_counts")
-        },
-    )
-    np.testing.assert_array_equal(draw(logits, rows)[0], draw(logits, wide)[0])
+def test_padding_of_the_adjustments_never_matters():
+    """A batch-mate with many penalised tokens lengthens the list."""
+    rows, logits, table = make_rows(64, 288), random_logits(64, 288), make_adjustments(64, 288)
+    few, many = (draw(logits, rows, flat(table, pad=pad))[0] for pad in (0, 100))
+    np.testing.assert_array_equal(few, many)
+    assert (np.asarray(few) != np.asarray(draw(logits, rows)[0])).any(), "adjustments matter"
+
+
+def test_greedy_alone_is_temperature_zero():
+    """A batch of greedy rows runs another program, to the same tokens."""
+    rows, logits = make_rows(16, 49152), random_logits(16, 49152)
+    mixed = draw(logits, rows)[0]
+    greedy = draw(logits, None)[0]
+    np.testing.assert_array_equal(np.where(rows.temperature == 0, mixed, greedy), greedy)
 
 
 def test_unusable_rows_are_said_so():
@@ -148,13 +163,6 @@ def plain_rows(count, **changes):
         seed=np.zeros((count, 2), np.uint32),
         sample_index=np.zeros(count, np.int32),
         position=np.arange(count, dtype=np.int32),
-        repetition_penalty=ones,
-        presence_penalty=zeros,
-        frequency_penalty=zeros,
-        adjusted_ids=np.zeros((count, 0), np.int32),
-        adjusted_bias=np.zeros((count, 0), np.float32),
-        seen=np.zeros((count, 0), bool),
-        output_counts=np.zeros((count, 0), np.int32),
     )
     return dataclasses.replace(rows, **changes)
 
@@ -184,17 +192,11 @@ def test_padding_and_bans_are_never_drawn(vocab):
     count = 64
     logits = np.zeros((count, vocab), np.float32)
     logits[:, 5:] = -np.inf
-    banned = dict(
-        adjusted_ids=np.full((count, 1), 2, np.int32),
-        adjusted_bias=np.full((count, 1), -np.inf, np.float32),
-        seen=np.ones((count, 1), bool),
-        output_counts=np.ones((count, 1), np.int32),
-        repetition_penalty=np.full(count, 1.2, np.float32),
-    )
+    banned = flat([[(2, -np.inf, True, 1, 1.2, 0, 0)]] * count)
     tokens = set()
     for top_p in (1, 0.999):
-        rows = plain_rows(count, top_p=np.full(count, top_p, np.float32), **banned)
-        tokens |= set(np.asarray(draw(logits, rows)[0]).tolist())
+        rows = plain_rows(count, top_p=np.full(count, top_p, np.float32))
+        tokens |= set(np.asarray(draw(logits, rows, banned)[0]).tolist())
     assert tokens == {0, 1, 3, 4}
 
 

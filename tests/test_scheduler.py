@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxdet.engine.kv_cache import PagePool
-from jaxdet.engine.scheduler import Scheduler
+from jaxdet.engine.scheduler import Part, Plan, Scheduler
 from jaxdet.engine.sequence import Sequence
 from jaxdet.sampling_params import SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
@@ -14,11 +14,12 @@ from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
 MAX_LEN = 3 * PAGE_SIZE
 
 
-def sequence(prompt, max_tokens, **fields) -> Sequence:
+def sequence(prompt, max_tokens, *, order=0) -> Sequence:
     return Sequence(
         request_id="",
         prompt=prompt,
-        params=SamplingParams(**fields),
+        params=SamplingParams(),
+        order=order,
         sample_index=0,
         seed=0,
         max_tokens=max_tokens,
@@ -41,38 +42,67 @@ def next_token(tokens) -> int:
     return hash(tuple(tokens)) % 7
 
 
-class Machine:
-    """Runs a scheduler and keeps what each page holds, to check every read."""
+def known(sequence: Sequence, count: int) -> list[int]:
+    """The sequence's first tokens, those in flight included."""
+    tokens = list(sequence.tokens)
+    while len(tokens) < count:
+        tokens.append(next_token(tokens))
+    return tokens[:count]
 
-    def __init__(self, scheduler: Scheduler, num_pages: int):
-        self.scheduler, self.num_pages = scheduler, num_pages
+
+class Machine:
+    """Runs a scheduler as the engine does and keeps what each page holds, to check every read.
+
+    Args:
+        ahead: whether a step is planned before the results of the one before it are in.
+    """
+
+    def __init__(self, scheduler: Scheduler, num_pages: int, *, ahead: bool = False):
+        self.scheduler, self.num_pages, self.ahead = scheduler, num_pages, ahead
         self.held: dict[int, list[int]] = {}
         """Page → the prefix that ends in it, as far as written."""
+        self.flights: list[Plan] = []
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self.flights)
 
     def step(self) -> None:
-        work = self.scheduler.schedule()
-        assert work or not self.scheduler.has_work, "no progress"
+        plan = self.scheduler.schedule()
+        assert plan or self.flights or not self.scheduler.has_work, "no progress"
         s = self.scheduler
-        assert len(s.running) <= s.max_num_seqs
-        assert len(work) <= s.max_num_seqs
-        if any(n > 1 for _, n in work):
-            assert sum(n for _, n in work) <= s.max_num_batched_tokens and len(work) <= s.max_prefill_seqs
-        for sequence, count in work:
-            assert TRASH_PAGE not in sequence.pages
-            end = sequence.computed + count
-            assert len(sequence.pages) * PAGE_SIZE >= end
-            for at in range(0, sequence.computed, PAGE_SIZE):
-                known = sequence.tokens[: min(at + PAGE_SIZE, sequence.computed)]
-                assert self.held[sequence.pages[at // PAGE_SIZE]][: len(known)] == known
-            for page in range(sequence.computed // PAGE_SIZE, -(-end // PAGE_SIZE)):
-                self.held[sequence.pages[page]] = sequence.tokens[: min(end, (page + 1) * PAGE_SIZE)]
+        assert len(s.running) <= s.max_num_seqs and len(plan.rows) <= s.max_num_seqs
+        assert sum(part.count for part in plan.chunks) <= s.max_num_batched_tokens
+        assert len(plan.chunks) <= s.max_prefill_seqs
+        copied = [(target, self.held[source]) for source, target in plan.copies]
+        self.held |= dict(copied)
+        for part in plan:
+            self._compute(part)
         self._check_pages()
-        for sequence, count in work:
-            s.computed(sequence, count)
-            if sequence.pending == 0:
-                sequence.append(next_token(sequence.tokens))
-                if sequence.finish_reason:
-                    s.finish(sequence)
+        if plan:
+            self.flights.append(plan)
+        if self.flights and (not plan or len(self.flights) > self.ahead):
+            self._collect(self.flights.pop(0))
+
+    def _compute(self, part: Part) -> None:
+        sequence, end = part.sequence, part.start + part.count
+        assert TRASH_PAGE not in sequence.pages and len(sequence.pages) * PAGE_SIZE >= end
+        for at in range(0, part.start, PAGE_SIZE):
+            before = known(sequence, min(at + PAGE_SIZE, part.start))
+            assert self.held[sequence.pages[at // PAGE_SIZE]][: len(before)] == before
+        for page in range(part.start // PAGE_SIZE, -(-end // PAGE_SIZE)):
+            self.held[sequence.pages[page]] = known(sequence, min(end, (page + 1) * PAGE_SIZE))
+
+    def _collect(self, plan: Plan) -> None:
+        for part in plan:
+            sequence = part.sequence
+            if part.samples:
+                sequence.in_flight -= 1
+                if sequence.finish_reason is None:
+                    sequence.append(next_token(sequence.tokens))
+                    self.scheduler.register(sequence)
+                    if sequence.finish_reason:
+                        self.scheduler.finish(sequence)
 
     def _check_pages(self) -> None:
         """A page being written belongs to one sequence; free, used and trash pages are all there are."""
@@ -88,6 +118,9 @@ class Machine:
         assert all(not s.pages for s in self.scheduler.waiting)
         assert {*np.flatnonzero(users), *pool._free, TRASH_PAGE} == set(range(self.num_pages))
         assert len(pool._free) + np.count_nonzero(users) + 1 == self.num_pages
+        slots = [s.slot for s in self.scheduler.running] + self.scheduler._slots
+        assert sorted(slots) == list(range(self.scheduler.max_num_seqs))
+        assert all(owner.slot >= 0 for owner in self.scheduler._promised.values())
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
@@ -105,11 +138,13 @@ def test_random_histories(data):
             chunked=chunked,
         ),
         num_pages,
+        ahead=data.draw(st.booleans(), label="ahead"),
     )
     everyone = []
     for length in data.draw(st.lists(st.integers(1, MAX_LEN - 1), min_size=1, max_size=8), label="lengths"):
         prompt = [0] * (length // 2) + [1] * (length - length // 2)
-        everyone.append(sequence(prompt, min(MAX_LEN - length, data.draw(st.integers(1, 140)))))
+        order = data.draw(st.sampled_from([0, 0, -3, 2]), label="priority") + len(everyone)
+        everyone.append(sequence(prompt, min(MAX_LEN - length, data.draw(st.integers(1, 140))), order=order))
         machine.scheduler.add(everyone[-1])
         for _ in range(data.draw(st.integers(0, 30))):
             machine.step()
@@ -117,7 +152,7 @@ def test_random_histories(data):
             everyone[0].finish_reason = "abort"
             machine.scheduler.finish(everyone[0])
     for _ in range(20000):
-        if not machine.scheduler.has_work:
+        if not machine.has_work:
             break
         machine.step()
     for s in everyone:
@@ -136,18 +171,18 @@ def test_first_come_first_served():
     for each in (first, large, small):
         s.add(each)
     s.schedule()
-    assert s.running == [first] and list(s.waiting) == [large, small]
+    assert s.running == [first] and s.waiting == [large, small]
 
 
 def test_youngest_is_preempted_and_comes_back_first():
     s = scheduler(num_pages=4)
     machine = Machine(s, 4)
-    old, young, later = (sequence([i] * 120, 30) for i in (1, 2, 3))
+    old, young, later = (sequence([i] * 120, 30, order=i) for i in (1, 2, 3))
     for each in (old, young, later):
         s.add(each)
     while not s.preemptions:
         machine.step()
-    assert s.running == [old] and list(s.waiting) == [young, later]
+    assert s.running == [old, young] and s.waiting == [later]
     while s.has_work:
         machine.step()
     assert s.preemptions < 20
@@ -170,22 +205,24 @@ def test_least_recently_freed_page_is_evicted_first_and_longest_prefix_last():
     s.add(sequence([1] * 300, 1))
     while s.has_work:
         machine.step()
-    pages, hashes = s.pool.match([1] * 300)
-    assert len(pages) == 2
-    s.pool.release(pages)
+    prefix = s.pool.prefix([1] * 300)
+    pages, tail = s.pool.match(prefix)
+    assert len(pages) == 2 and tail is not None
+    s.pool.release([*pages, tail])
     for _ in range(2):  # the half-full page, then the second of the prefix
         s.pool.allocate()
-    assert s.pool.match([1] * 300) == (pages[:1], hashes[:1])
+    assert s.pool.match(prefix) == (pages[:1], None)
 
 
 def test_poisoned_pages_are_forgotten():
     s = scheduler(num_pages=4, seqs=1, tokens=512)
     bad = sequence([1] * 300, 4)
     s.add(bad)
-    s.computed(*s.schedule()[0])
+    s.schedule()
+    assert s.pool.known(s.pool.prefix([1] * 300).pages[0])
     bad.finish_reason = "error"
     s.finish(bad)
-    assert s.pool.match([1] * 300) == ([], []) and s.pool.available == 3
+    assert s.pool.match(s.pool.prefix([1] * 300)) == ([], None) and s.pool.available == 3
 
 
 @pytest.mark.parametrize("length", [1, PAGE_SIZE, PAGE_SIZE + 1])
@@ -197,4 +234,39 @@ def test_a_hit_leaves_a_token_to_compute(length):
         s.add(last)
         while s.has_work:
             machine.step()
-    assert last.cached == (length - 1) // PAGE_SIZE * PAGE_SIZE
+    assert last.cached == length - 1
+
+
+def test_the_same_prompts_wait_for_one_of_them():
+    """Of many prompts alike one is computed; the others share its full pages and copy its last one."""
+    s = scheduler(num_pages=16, seqs=4, tokens=512)
+    machine = Machine(s, 16)
+    alike = [sequence([1] * 200, 5, order=i) for i in range(4)]
+    for each in alike:
+        s.add(each)
+    machine.step()
+    assert s.running == alike[:1]
+    plan = s.schedule()
+    assert len(s.running) == 4 and [part.count for part in plan] == [1] * 4
+    assert len(plan.copies) == 3 and len({each.pages[0] for each in alike}) == 1
+    assert len({each.pages[1] for each in alike}) == 4
+
+
+def test_decoding_goes_on_beside_a_prompt():
+    s = scheduler(num_pages=16, seqs=4, tokens=64)
+    machine = Machine(s, 16)
+    first, second = sequence([1, 2], 30), sequence([3] * 300, 5, order=1)
+    s.add(first)
+    machine.step()
+    s.add(second)
+    for _ in range(3):
+        machine.step()
+    assert first.num_output == 4 and second.computed == 192
+
+
+def test_priority_overtakes_only_so_much():
+    s = scheduler(num_pages=16, seqs=1)
+    orders = [0, 5, 2, 7]
+    for order in orders:
+        s.add(sequence([order], 1, order=order))
+    assert [each.order for each in s.waiting] == sorted(orders)

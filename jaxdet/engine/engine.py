@@ -1,41 +1,64 @@
 """The engine: token ids in, token ids out; requests join and leave a running batch."""
 
+import collections
 import itertools
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxdet.engine.batch import Work, model_batch, sampling_rows
+from jaxdet.engine import batch as arrays
+from jaxdet.engine.buckets import Bucket, Buckets
+from jaxdet.engine.drafting import Drafter, ModelDrafter, NgramDrafter
 from jaxdet.engine.kv_cache import PagePool
-from jaxdet.engine.scheduler import Scheduler
+from jaxdet.engine.memory import plan_pages
+from jaxdet.engine.scheduler import Part, Plan, Scheduler
 from jaxdet.engine.sequence import Sequence
+from jaxdet.engine.stats import Counters, EngineStats
 from jaxdet.engine.step import Logprobs, Step, StepOutput
+from jaxdet.engine.warm_up import COPY_BUCKETS, compile_all
 from jaxdet.models.layers import DecoderLM
 from jaxdet.sampling_params import MAX_LOGPROBS, SamplingParams
-from pallas_kernels.numerics import PAGE_SIZE
+from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
 
 MAX_PREFILL_SEQS = 8
-CACHE_BYTES = 2**30
-"""Size limit of the cache where the device doesn't tell its memory (a CPU)."""
-CACHE_SHARE = 0.8
-"""Share of the memory left beside the weights that the cache may take elsewhere."""
+OVERTAKING = 1000
+"""How many later requests one step of priority may overtake: everybody's turn comes."""
+NGRAM = "ngram"
+
+
+class Flight(NamedTuple):
+    """A step that was handed to the device."""
+
+    plan: Plan
+    bucket: Bucket
+    out: StepOutput
+    started: float
 
 
 class Engine:
     """Continuous batching over a paged KV cache.
+
+    While the device runs a step, the host prepares the next one: a token goes from step to step on the device, and
+    the host sees it one step later. A sequence that turns out to have ended has then run one step too many, which
+    nobody sees.
 
     Args:
         model: the model, on its device.
         salt: digest of the weights; part of every prefix hash.
         max_model_len: tokens a sequence may have, prompt and output together.
         max_num_seqs: sequences running at once.
-        max_num_batched_tokens: tokens of one prefill step.
+        max_num_batched_tokens: prompt tokens of one step.
         num_pages: pages of the KV cache; None gives every running sequence room for `max_model_len`, within 1 GiB on
-            a CPU and within 80 % of the free memory elsewhere.
+            a CPU and `gpu_memory_utilization` elsewhere.
+        gpu_memory_utilization: share of the memory that JAX may use (XLA_PYTHON_CLIENT_MEM_FRACTION) for everything.
         seed: the seed of requests that bring none.
+        drafter: "ngram", a small model with the same vocabulary, or None: who guesses tokens.
+        num_speculative_tokens: how many guesses one step verifies.
         keep_logits: keep every sampled token's logits on its sequence (for verification).
     """
 
@@ -48,18 +71,31 @@ class Engine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         num_pages: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         seed: int = 0,
         eos_token_ids: Tokens[int] = (),
+        drafter: DecoderLM | str | None = None,
+        num_speculative_tokens: int = 4,
         keep_logits: bool = False,
     ):
         self.step_fn = Step(model)
         self.max_model_len, self.seed = max_model_len, seed
         self.eos_token_ids = frozenset(eos_token_ids)
         self.keep_logits = keep_logits
+        self._drafts = num_speculative_tokens if drafter is not None else 0
         self._table = -(-max_model_len // PAGE_SIZE)
-        num_pages = self._default_pages(max_num_seqs) if num_pages is None else num_pages
+        self.buckets = Buckets(max_num_seqs * (1 + self._drafts), max_num_batched_tokens, MAX_PREFILL_SEQS)
+        if num_pages is None:
+            num_pages = plan_pages(
+                model.config,
+                self.buckets,
+                np.dtype(model.dtype).itemsize,
+                table=self._table,
+                wanted=max_num_seqs * self._table,
+                utilization=gpu_memory_utilization,
+            )
         if num_pages < self._table + 1:
             raise ValueError(
                 f"num_pages={num_pages} holds no sequence of max_model_len={max_model_len}; "
@@ -73,14 +109,51 @@ class Engine:
             max_prefill_seqs=MAX_PREFILL_SEQS,
             chunked=enable_chunked_prefill,
         )
-        self._num_pages = num_pages
-        self._cache = self.step_fn.new_cache(num_pages, PAGE_SIZE)
+        self._slots = max_num_seqs
+        self._drafter = self._make_drafter(drafter)
+        self._reset_device()
         self._ids = itertools.count()
+        self._arrivals = itertools.count()
+        self._flights: collections.deque[Flight] = collections.deque()
+        self._counters = Counters()
+        self._compiled_at_start = self.step_fn.compiled
+
+    def _make_drafter(self, drafter: DecoderLM | str | None) -> Drafter | None:
+        if drafter is None:
+            return None
+        if isinstance(drafter, str):
+            if drafter != NGRAM:
+                raise ValueError(f"drafter={drafter!r} is unknown; use {NGRAM!r} or a model")
+            return NgramDrafter()
+        if drafter.config.vocab_size != self.step_fn.config.vocab_size:
+            raise ValueError(
+                f"the drafter has {drafter.config.vocab_size} tokens and the model "
+                f"{self.step_fn.config.vocab_size}; use a drafter of the same family"
+            )
+        return ModelDrafter(
+            Step(drafter),
+            self.buckets,
+            num_pages=self.pool.num_pages,
+            table=self._table,
+            slots=self._slots,
+        )
+
+    def _reset_device(self) -> None:
+        self._cache = self.step_fn.new_cache(self.pool.num_pages, PAGE_SIZE)
+        self._last_tokens = jnp.zeros(self._slots, jnp.int32)
 
     def add(
-        self, prompt: Tokens[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt: Tokens[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> list[Sequence]:
         """Queues a prompt; returns its `params.n` sequences, which fill up as `step` is called.
+
+        Args:
+            priority: lower goes first; one step overtakes at most OVERTAKING earlier requests.
 
         Raises:
             ValueError: the prompt is empty, too long, or has ids outside the vocabulary.
@@ -100,6 +173,7 @@ class Engine:
                 seed=self.seed if params.seed is None else params.seed,
                 max_tokens=min(room, params.max_tokens or room),
                 stop_ids=eos | frozenset(params.stop_token_ids),
+                order=next(self._arrivals) + OVERTAKING * priority,
             )
             for index in range(params.n)
         ]
@@ -118,6 +192,7 @@ class Engine:
             seed=self.seed,
             max_tokens=0,
             stop_ids=frozenset(),
+            order=next(self._arrivals),
         )
 
     def _queue(self, **fields: Any) -> Sequence:
@@ -155,60 +230,149 @@ class Engine:
         """Ends a sequence from outside (a stop string, a closed connection)."""
         if sequence.finish_reason is None:
             sequence.finish_reason = reason
+            self._counters.cancelled += reason == "abort"
             self.scheduler.finish(sequence)
 
     def step(self) -> list[Sequence]:
-        """Runs one step; returns the sequences that got a token or ended.
+        """Hands one step to the device and takes in the one before; returns the sequences that got a token or ended.
 
         Whatever it raises, the engine stays usable: running sequences start over, to the same bits.
         """
         try:
-            work = self.scheduler.schedule()
-            return self._run(work) if work else []
+            changed: list[Sequence] = []
+            if self._flights and (self._drafter or any(s.needs_last_token for s in self.scheduler.running)):
+                changed += self._collect(self._flights.popleft())
+            plan = self.scheduler.schedule(self._propose())
+            if plan.copies:
+                self._copy(plan.copies)
+            if plan:
+                self._flights.append(self._dispatch(plan))
+            if self._flights and (not plan or len(self._flights) > 1):
+                changed += self._collect(self._flights.popleft())
+            return changed
         except BaseException:
             # The cache may have been donated to a step that failed.
+            self._flights.clear()
             self.scheduler.restart()
-            self._cache = self.step_fn.new_cache(self._num_pages, PAGE_SIZE)
+            self._reset_device()
+            if self._drafter:
+                self._drafter.reset()
             raise
 
-    def _run(self, work: Work) -> list[Sequence]:
-        batch = model_batch(
-            work,
-            max_prefill_seqs=self.scheduler.max_prefill_seqs,
-            max_num_seqs=self.scheduler.max_num_seqs,
-            max_tokens=self.scheduler.max_num_batched_tokens,
-            table=self._table,
-        )
-        rows = sampling_rows(work, batch.seq_lens.shape[0], self.step_fn.config.vocab_size)
-        scored = any(s.unscored for s, _ in work)
-        wanted = any(s.params.logprobs is not None for s, _ in work) or scored
-        out, self._cache = self.step_fn.run(
-            self._cache,
-            batch,
-            rows,
-            targets=_targets(work, batch.tokens.shape[0]) if scored else None,
-            top_logprobs=min(MAX_LOGPROBS, self.step_fn.config.vocab_size) if wanted else None,
-        )
-        if not self.keep_logits:
-            out = out._replace(logits=None)
-        return self._collect(work, np.asarray(batch.query_start), jax.device_get(out))
+    def compile_all(self, *, progress: bool = False) -> None:
+        """Compiles every program that a request may need, so that none has to wait for one.
 
-    def _collect(self, work: Work, starts: np.ndarray, out: StepOutput) -> list[Sequence]:
-        changed = []
-        for row, (sequence, count) in enumerate(work):
-            first = sequence.computed
-            self.scheduler.computed(sequence, count)
-            if out.prompt_logprobs is not None and sequence.unscored:
-                known = len(sequence.prompt_logprobs)
-                sequence.prompt_logprobs += [
-                    _entry(
-                        out.prompt_logprobs, starts[row] + at - first, sequence.params.prompt_logprobs or 0
-                    )
-                    for at in range(known, min(first + count, len(sequence.prompt) - 1))
-                ]
-            if sequence.pending:
+        Args:
+            progress: show a bar.
+        """
+        steps = [(self.step_fn, self._cache, self._last_tokens)]
+        if isinstance(self._drafter, ModelDrafter):
+            steps.append(self._drafter.programs)
+        compile_all(steps, self.buckets, self._table, progress=progress)
+        self._compiled_at_start = self.step_fn.compiled
+
+    def stats(self) -> EngineStats:
+        """Tallies and rates; cheap enough to ask for at every step."""
+        c, scheduler = self._counters, self.scheduler
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            finished=c.finished,
+            cancelled=c.cancelled,
+            failed=c.failed,
+            steps=c.steps,
+            prompt_tokens=c.prompt_tokens,
+            cached_tokens=c.cached_tokens,
+            output_tokens=c.output_tokens,
+            preemptions=scheduler.preemptions,
+            drafted_tokens=c.drafted_tokens,
+            accepted_tokens=c.accepted_tokens,
+            pages=self.pool.num_pages - 1,
+            pages_in_use=self.pool.num_pages - 1 - self.pool.available,
+            compiled_programs=self.step_fn.compiled,
+            compiled_after_start=self.step_fn.compiled - self._compiled_at_start,
+            **c.rates(),
+        )
+
+    def _propose(self) -> dict[Sequence, list[int]]:
+        if not self._drafter:
+            return {}
+        limits = {}
+        for s in self.scheduler.running:
+            limit = min(self._drafts, s.max_tokens - s.num_output - 1, self.max_model_len - s.length - 1)
+            if s.pending == 1 and limit > 0:
+                limits[s] = limit
+        return self._drafter.propose(limits)
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        for at in range(0, len(copies), COPY_BUCKETS[-1]):
+            some = copies[at : at + COPY_BUCKETS[-1]]
+            size = next(bucket for bucket in COPY_BUCKETS if bucket >= len(some))
+            some += [(TRASH_PAGE, TRASH_PAGE)] * (size - len(some))
+            sources, targets = np.asarray(some, np.int32).T.copy()
+            self._cache = self.step_fn.copy_pages(self._cache, sources, targets)
+            if self._drafter:
+                self._drafter.copy_pages(sources, targets)
+
+    def _dispatch(self, plan: Plan) -> Flight:
+        started = time.perf_counter()
+        step = self.step_fn
+        rows = sum(part.count for part in plan.rows)
+        tokens = sum(part.count for part in plan.chunks)
+        bucket = self.buckets.fit(rows, tokens, len(plan.chunks))
+        batch, feed = arrays.model_batch(plan, bucket, self._table)
+        hidden, logits, self._cache = step.run(self._cache, self._last_tokens, feed, batch)
+        if self._drafter:
+            self._drafter.follow(batch)
+        chosen = arrays.choices(plan, bucket)
+        adjustments = arrays.adjustments(chosen, bucket.sampled, step.config.vocab_size)
+        adjusted = logits if adjustments is None else step.adjust(logits, adjustments)
+        slots = arrays.slots_of(chosen, bucket.sampled, self._slots)
+        sampling = arrays.sampling_rows(chosen, bucket.sampled)
+        sampled, usable, self._last_tokens = step.draw(adjusted, sampling, slots, self._last_tokens)
+        scored = any(part.sequence.unscored for part in plan)
+        top = min(MAX_LOGPROBS, step.config.vocab_size)
+        logprobs = prompt_logprobs = None
+        if any(choice.sequence.params.logprobs is not None for choice in chosen):
+            logprobs = step.logprobs(logits, sampled, top=top)
+        if scored:
+            prompt_logprobs = step.score(hidden, arrays.targets(plan, bucket), top=top)
+        out = StepOutput(sampled, usable, logits if self.keep_logits else None, logprobs, prompt_logprobs)
+        for array in jax.tree.leaves(out):
+            array.copy_to_host_async()
+        return Flight(plan, bucket, out, started)
+
+    def _collect(self, flight: Flight) -> list[Sequence]:
+        """Waits for a step's results and gives every sequence its own."""
+        plan, bucket, out = flight.plan, flight.bucket, jax.device_get(flight.out)
+        changed, tokens = [], 0
+        for part, first in arrays.starts(plan, bucket):
+            if part.sequence.finish_reason is None and out.prompt_logprobs is not None:
+                self._take_prompt_logprobs(part, first, out.prompt_logprobs)
+        for part, row in arrays.sampled_parts(plan, bucket):
+            sequence = part.sequence
+            sequence.in_flight -= part.count if part.drafts else 1
+            if sequence.finish_reason is not None:
                 continue
+            if not sequence.num_output:
+                self._counters.prompt_tokens += len(sequence.prompt)
+                self._counters.cached_tokens += sequence.cached
+            before = sequence.num_output
+            self._take_tokens(part, row, out)
+            tokens += sequence.num_output - before
+            self.scheduler.register(sequence)
             changed.append(sequence)
+            if sequence.finish_reason is not None:
+                self._counters.failed += sequence.finish_reason == "error"
+                self._counters.finished += sequence.finish_reason != "error"
+                self.scheduler.finish(sequence)
+        self._counters.step_done(flight.started, tokens)
+        return changed
+
+    def _take_tokens(self, part: Part, row: int, out: StepOutput) -> None:
+        """The sampled token, and after every right guess the next one."""
+        sequence, before = part.sequence, part.sequence.num_output
+        for guess in (*part.drafts, None):
             if not out.usable[row]:
                 sequence.finish_reason = "error"
             elif sequence.max_tokens == 0:
@@ -219,26 +383,24 @@ class Engine:
                 if out.logits is not None:
                     sequence.logits.append(np.asarray(out.logits[row]))
                 sequence.append(int(out.tokens[row]))
-            if sequence.finish_reason is not None:
-                self.scheduler.finish(sequence)
-        return changed
+            if sequence.finish_reason is not None or sequence.tokens[-1] != guess:
+                break
+            row += 1
+        if part.drafts:
+            taken = sequence.num_output - before
+            self._counters.drafted_tokens += len(part.drafts)
+            self._counters.accepted_tokens += max(0, taken - 1)
+            if sequence.slot >= 0:  # what follows a wrong guess was computed for nothing
+                sequence.computed = part.start + taken
 
-    def _default_pages(self, max_num_seqs: int) -> int:
-        c = self.step_fn.config
-        page_bytes = (
-            2 * c.num_layers * c.num_kv_heads * PAGE_SIZE * c.head_dim * np.dtype(self.step_fn.dtype).itemsize
-        )
-        memory = jax.local_devices()[0].memory_stats()
-        budget = CACHE_BYTES
-        if memory and "bytes_limit" in memory:
-            budget = int(CACHE_SHARE * (memory["bytes_limit"] - memory["bytes_in_use"]))
-        return max(self._table, min(max_num_seqs * self._table, budget // page_bytes)) + 1
-
-
-def _targets(work: Work, size: int) -> np.ndarray:
-    """The token after each of a step's tokens."""
-    following = np.concatenate([[*s.tokens, 0][s.computed + 1 : s.computed + n + 1] for s, n in work])
-    return np.pad(following, (0, size - len(following))).astype(np.int32)
+    def _take_prompt_logprobs(self, part: Part, first: int, found: Logprobs) -> None:
+        sequence = part.sequence
+        if sequence.unscored:
+            top, known = sequence.params.prompt_logprobs or 0, len(sequence.prompt_logprobs)
+            end = min(part.start + part.count, len(sequence.prompt) - 1)
+            sequence.prompt_logprobs += [
+                _entry(found, first + at - part.start, top) for at in range(known, end)
+            ]
 
 
 def _entry(logprobs: Logprobs, row: int, top: int) -> tuple[float, int, np.ndarray, np.ndarray]:

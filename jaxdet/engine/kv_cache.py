@@ -1,18 +1,34 @@
 """Pages of the KV cache: who owns them, and which prefixes they hold."""
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence as Tokens
+from typing import NamedTuple
 
 import numpy as np
 
 from pallas_kernels.numerics import NUMERICS_VERSION, PAGE_SIZE, TRASH_PAGE
 
 
-class PagePool:
-    """Hands out pages and remembers full ones by the hash of the prefix they end.
+class Prefix(NamedTuple):
+    """Hashes of everything but the last of `length` tokens, whose logits are always computed."""
 
-    A page's content is a function of its prefix alone, so sharing it changes no bit. Pages that nobody holds stay
+    length: int
+    pages: list[bytes]
+    """Of each full page."""
+    tail: bytes | None
+    """Of the tokens in the page after them, if there are any."""
+
+    @property
+    def keys(self) -> list[bytes]:
+        return [*self.pages, self.tail] if self.tail else self.pages
+
+
+class PagePool:
+    """Hands out pages and remembers what they hold by the hash of the prefix that ends in them.
+
+    A page's content is a function of its prefix alone, so sharing it changes no bit. Full pages are shared; the page
+    in which a prompt ends goes on growing, so who needs the same prompt copies it. Pages that nobody holds stay
     findable until they are needed; the least recently freed goes first.
 
     Args:
@@ -22,12 +38,12 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int, salt: str, caching: bool):
-        self.caching = caching
+        self.caching, self.num_pages = caching, num_pages
         self.root = hashlib.sha256(f"{NUMERICS_VERSION}/{salt}".encode()).digest()
         self._free: OrderedDict[int, None] = OrderedDict((p, None) for p in range(TRASH_PAGE + 1, num_pages))
         self._users = np.zeros(num_pages, np.int32)
         self._page_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
+        self._keys_of: dict[int, list[bytes]] = defaultdict(list)
 
     @property
     def available(self) -> int:
@@ -35,25 +51,35 @@ class PagePool:
         return len(self._free)
 
     def extend_hash(self, previous: bytes, tokens: Tokens[int]) -> bytes:
-        """Hash of a prefix that ends with the full page `tokens`."""
+        """Hash of a prefix that ends with `tokens` in a page of their own."""
         return hashlib.sha256(previous + np.asarray(tokens, np.int32).tobytes()).digest()
 
-    def match(self, tokens: Tokens[int]) -> tuple[list[int], list[bytes]]:
-        """Takes the cached pages of the longest known prefix, at least one token short of the whole."""
-        pages: list[int] = []
-        hashes: list[bytes] = []
-        if not self.caching:
-            return pages, hashes
-        previous = self.root
-        for start in range(0, len(tokens) - PAGE_SIZE, PAGE_SIZE):
+    def prefix(self, tokens: Tokens[int]) -> Prefix:
+        """Hashes of all of `tokens` but the last."""
+        pages, previous, end = [], self.root, len(tokens) - 1
+        for start in range(0, end - PAGE_SIZE + 1, PAGE_SIZE):
             previous = self.extend_hash(previous, tokens[start : start + PAGE_SIZE])
-            if (page := self._page_of.get(previous)) is None:
-                break
-            self._free.pop(page, None)
-            self._users[page] += 1
+            pages.append(previous)
+        rest = tokens[len(pages) * PAGE_SIZE : end]
+        return Prefix(len(tokens), pages, self.extend_hash(previous, rest) if len(rest) else None)
+
+    def match(self, prefix: Prefix) -> tuple[list[int], int | None]:
+        """Takes the pages of the longest known part; with all of them also the page that begins with the tail."""
+        pages: list[int] = []
+        if not self.caching:
+            return pages, None
+        for key in prefix.pages:
+            if (page := self._page_of.get(key)) is None:
+                return pages, None
+            self._take(page)
             pages.append(page)
-            hashes.append(previous)
-        return pages, hashes
+        tail = self._page_of.get(prefix.tail) if prefix.tail else None
+        if tail is not None:
+            self._take(tail)
+        return pages, tail
+
+    def known(self, key: bytes) -> bool:
+        return key in self._page_of
 
     def allocate(self) -> int:
         """A page of one's own; its old content is forgotten."""
@@ -63,9 +89,10 @@ class PagePool:
         return page
 
     def remember(self, page: int, prefix: bytes) -> None:
-        """Makes a full page findable."""
+        """Makes a page findable."""
         if self.caching and prefix not in self._page_of:
-            self._page_of[prefix], self._hash_of[page] = page, prefix
+            self._page_of[prefix] = page
+            self._keys_of[page].append(prefix)
 
     def release(self, pages: Tokens[int], *, poisoned: bool = False) -> None:
         """Gives pages back, last first, so that long prefixes are evicted from their ends."""
@@ -79,8 +106,12 @@ class PagePool:
     def forget_all(self) -> None:
         """No prefix is known any more."""
         self._page_of.clear()
-        self._hash_of.clear()
+        self._keys_of.clear()
+
+    def _take(self, page: int) -> None:
+        self._free.pop(page, None)
+        self._users[page] += 1
 
     def _forget(self, page: int) -> None:
-        if (prefix := self._hash_of.pop(page, None)) is not None:
-            del self._page_of[prefix]
+        for key in self._keys_of.pop(page, ()):
+            del self._page_of[key]

@@ -1,22 +1,56 @@
 """Which sequences run in the next step, and how many tokens of each."""
 
-from collections import deque
+import bisect
+import dataclasses
+from collections.abc import Iterator
 
 from jaxdet.engine.kv_cache import PagePool
 from jaxdet.engine.sequence import Sequence
 from pallas_kernels.numerics import PAGE_SIZE
 
 
-class Scheduler:
-    """First come, first served. Prefill goes before decode; when pages run out the youngest sequence waits.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Tokens `start` to `start + count` of a sequence, the last of them guessed (`drafts`)."""
 
-    Nothing here can change a bit: what a sequence computes does not depend on when, with whom or in what pieces.
+    sequence: Sequence
+    start: int
+    count: int
+    drafts: list[int]
+    samples: bool
+    """Whether a next token is chosen: not in the middle of a prompt."""
+
+
+@dataclasses.dataclass
+class Plan:
+    """One step."""
+
+    rows: list[Part] = dataclasses.field(default_factory=list)
+    """Every token is a query of its own: decode, and drafts to verify."""
+    chunks: list[Part] = dataclasses.field(default_factory=list)
+    """Prefill."""
+    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """Pages to copy (from, to) before it."""
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.chunks)
+
+    def __iter__(self) -> Iterator[Part]:
+        yield from self.rows
+        yield from self.chunks
+
+
+class Scheduler:
+    """Continuous batching: who decodes goes on decoding, and up to a budget of prompt tokens runs beside it.
+
+    Turns go by `Sequence.order`, and every sequence that was added gets its turn; when pages run out the last in order
+    waits. Nothing here can change a bit: what a sequence computes does not depend on when, with whom or in what pieces.
 
     Args:
         pool: the KV pages.
         max_num_seqs: sequences running at once.
-        max_num_batched_tokens: tokens of one prefill step.
-        max_prefill_seqs: sequences of one prefill step.
+        max_num_batched_tokens: prompt tokens of one step.
+        max_prefill_seqs: sequences with prompt tokens in one step.
         chunked: whether a prompt may be split over several steps.
     """
 
@@ -32,93 +66,166 @@ class Scheduler:
         self.pool, self.chunked = pool, chunked
         self.max_num_seqs, self.max_prefill_seqs = max_num_seqs, max_prefill_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        """Both in order."""
         self.preemptions = 0
+        self._slots = list(reversed(range(max_num_seqs)))
+        self._promised: dict[bytes, Sequence] = {}
+        """Prefix hashes that a running sequence is about to compute."""
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=_order)
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """The next step's sequences with their token counts; all counts are 1 in a decode step."""
-        self._admit()
-        prefill = [s for s in self.running if s.pending > 1]
-        return self._prefill(prefill) if prefill else self._decode()
+    def schedule(self, drafts: dict[Sequence, list[int]] | None = None) -> Plan:
+        """The next step; empty if nothing can run before results of earlier steps are in.
+
+        Args:
+            drafts: guesses to verify, of sequences that decode.
+        """
+        plan = Plan()
+        copied = self._admit(plan)
+        budget = self.max_num_batched_tokens
+        for sequence in list(self.running):
+            if sequence.slot < 0 or not sequence.ready:  # preempted by one before it, or maybe at its end
+                continue
+            if sequence.pending == 1:
+                guesses = (drafts or {}).get(sequence, [])
+                if self._make_room(sequence, sequence.length + len(guesses)):
+                    plan.rows.append(Part(sequence, sequence.computed, 1 + len(guesses), guesses, True))
+            elif budget and len(plan.chunks) < self.max_prefill_seqs:
+                count = min(sequence.pending, budget)
+                whole = count == sequence.pending
+                if whole or self.chunked:
+                    plan.chunks.append(Part(sequence, sequence.computed, count, [], whole))
+                    budget -= count
+                else:
+                    budget = 0
+        self.pool.release(copied)
+        for part in plan:
+            self._advance(part)
+        return plan
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a finished or aborted sequence out and frees its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
+            self._leave(sequence, poisoned=sequence.finish_reason == "error")
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self.pool.release(sequence.pages, poisoned=sequence.finish_reason == "error")
-        sequence.pages = []
 
-    def computed(self, sequence: Sequence, count: int) -> None:
-        """Notes that `count` more tokens are in the cache; full pages become findable."""
-        sequence.computed += count
-        while (len(sequence.hashes) + 1) * PAGE_SIZE <= sequence.computed:
+    def register(self, sequence: Sequence) -> None:
+        """Makes pages findable that are full, or will be after the steps under way, and whose tokens are known."""
+        known, prefix = min(sequence.computed, len(sequence.tokens)), sequence.prefix
+        if sequence.slot < 0 or prefix is None:
+            return
+        while (len(sequence.hashes) + 1) * PAGE_SIZE <= known:
             page = len(sequence.hashes)
-            tokens = sequence.tokens[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
-            previous = sequence.hashes[-1] if sequence.hashes else self.pool.root
-            sequence.hashes.append(self.pool.extend_hash(previous, tokens))
-            self.pool.remember(sequence.pages[page], sequence.hashes[-1])
+            if page < len(prefix.pages):
+                key = prefix.pages[page]
+            else:
+                tokens = sequence.tokens[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+                key = self.pool.extend_hash(sequence.hashes[-1] if page else self.pool.root, tokens)
+            sequence.hashes.append(key)
+            self._keep(sequence, page, key)
+        if prefix.tail is not None and known >= prefix.length - 1:
+            self._keep(sequence, len(prefix.pages), prefix.tail)
 
     def restart(self) -> None:
         """After a failed step: no cached page is trusted and every running sequence starts over from its tokens."""
-        while self.running:
-            sequence = self.running[-1]
+        for sequence in [*self.running, *self.waiting]:
+            sequence.in_flight = 0
             del sequence.logprobs[sequence.num_output :], sequence.logits[sequence.num_output :]
-            self._preempt(sequence)
+        while self.running:
+            self._preempt(self.running[-1])
         self.pool.forget_all()
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+    def _admit(self, plan: Plan) -> list[int]:
+        """Lets waiting sequences in; returns pages that must live until they are copied."""
+        copied: list[int] = []
+        for sequence in list(self.waiting):
+            if len(self.running) == self.max_num_seqs:
+                break
+            if sequence.in_flight:
+                continue
+            if sequence.prefix is None or sequence.prefix.length != len(sequence.tokens):
+                sequence.prefix = self.pool.prefix(sequence.tokens)
             # prompt_logprobs need every position's logits, so nothing may be skipped.
-            if not sequence.unscored:
-                sequence.pages, sequence.hashes = self.pool.match(sequence.tokens)
-            sequence.computed = len(sequence.pages) * PAGE_SIZE
+            shared = self.pool.caching and not sequence.unscored
+            if shared and self._is_coming(sequence):
+                continue
+            pages, tail = self.pool.match(sequence.prefix) if shared else ([], None)
+            missing = -(-len(sequence.tokens) // PAGE_SIZE) - len(pages)
+            if missing > self.pool.available:
+                self.pool.release(pages if tail is None else [*pages, tail])
+                break
+            own = [self.pool.allocate() for _ in range(missing)]
+            sequence.computed = len(pages) * PAGE_SIZE
+            if tail is not None:
+                plan.copies.append((tail, own[0]))
+                copied.append(tail)
+                sequence.computed = len(sequence.tokens) - 1
+            sequence.hashes = sequence.prefix.pages[: len(pages)]
+            sequence.pages = pages + own
             if not sequence.num_output:
                 sequence.cached = sequence.computed
-            missing = -(-len(sequence.tokens) // PAGE_SIZE) - len(sequence.pages)
-            if missing > self.pool.available:
-                self.pool.release(sequence.pages)
-                sequence.pages, sequence.hashes, sequence.computed = [], [], 0
-                return
-            sequence.pages += [self.pool.allocate() for _ in range(missing)]
-            self.running.append(self.waiting.popleft())
+            self.waiting.remove(sequence)
+            bisect.insort(self.running, sequence, key=_order)
+            sequence.slot = self._slots.pop()
+            if shared:
+                for key in sequence.prefix.keys:
+                    if not self.pool.known(key):
+                        self._promised.setdefault(key, sequence)
+        return copied
 
-    def _prefill(self, sequences: list[Sequence]) -> list[tuple[Sequence, int]]:
-        budget, work = self.max_num_batched_tokens, []
-        for sequence in sequences[: self.max_prefill_seqs]:
-            count = min(sequence.pending, budget)
-            if count == 0 or (count < sequence.pending and not self.chunked):
-                break
-            work.append((sequence, count))
-            budget -= count
-        return work
+    def _is_coming(self, sequence: Sequence) -> bool:
+        """Whether another sequence is about to compute the next part of this one's prompt."""
+        assert sequence.prefix is not None
+        missing = next((key for key in sequence.prefix.keys if not self.pool.known(key)), None)
+        return missing in self._promised
 
-    def _decode(self) -> list[tuple[Sequence, int]]:
-        for sequence in list(self.running):
-            if sequence not in self.running or len(sequence.pages) * PAGE_SIZE >= len(sequence.tokens):
-                continue
-            while not self.pool.available and self.running[-1] is not sequence:
-                self._preempt(self.running[-1])
+    def _make_room(self, sequence: Sequence, length: int) -> bool:
+        """Pages for `length` tokens, taken from the last in order if need be; False if that is this one."""
+        while len(sequence.pages) * PAGE_SIZE < length:
             if self.pool.available:
                 sequence.pages.append(self.pool.allocate())
             else:
-                self._preempt(sequence)
-        return [(sequence, 1) for sequence in self.running]
+                self._preempt(self.running[-1])
+                if sequence.slot < 0:
+                    return False
+        return True
+
+    def _advance(self, part: Part) -> None:
+        sequence = part.sequence
+        sequence.computed += part.count
+        if part.samples:
+            sequence.in_flight += 1 + len(part.drafts)
+        self.register(sequence)
+
+    def _keep(self, sequence: Sequence, page: int, key: bytes) -> None:
+        self.pool.remember(sequence.pages[page], key)
+        if self._promised.get(key) is sequence:
+            del self._promised[key]
+
+    def _leave(self, sequence: Sequence, *, poisoned: bool = False) -> None:
+        self.pool.release(sequence.pages, poisoned=poisoned)
+        self._slots.append(sequence.slot)
+        for key in sequence.prefix.keys if sequence.prefix else ():
+            if self._promised.get(key) is sequence:
+                del self._promised[key]
+        sequence.pages, sequence.hashes, sequence.computed, sequence.slot = [], [], 0, -1
 
     def _preempt(self, sequence: Sequence) -> None:
         """Frees the sequence's pages; it starts over from its tokens later, to the same bits."""
         self.preemptions += 1
         self.running.remove(sequence)
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.hashes, sequence.computed = [], [], 0
-        self.waiting.appendleft(sequence)
+        self._leave(sequence)
+        self.add(sequence)
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order

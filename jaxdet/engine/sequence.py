@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxdet.engine.kv_cache import Prefix
 from jaxdet.sampling_params import SamplingParams
 
 
@@ -20,12 +21,20 @@ class Sequence:
     """0: nothing but the prompt's logprobs is wanted."""
     stop_ids: frozenset[int]
     """End-of-sequence and stop tokens; empty under ignore_eos without stop_token_ids."""
+    order: int = 0
+    """Whose turn it is: lower goes first, is preempted last."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache, or will be after the steps that were handed to the device."""
+    in_flight: int = 0
+    """Tokens that such steps will sample: they have a position, but nobody has seen them yet."""
+    slot: int = -1
+    """Place of its last token on the device, while it runs."""
     pages: list[int] = dataclasses.field(default_factory=list)
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     """Prefix hash of each full page."""
+    prefix: Prefix | None = None
+    """Hashes of what it had when it was last admitted."""
     cached: int = 0
     """Prompt tokens found in the prefix cache at first admission."""
     finish_reason: str | None = None
@@ -50,9 +59,25 @@ class Sequence:
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def length(self) -> int:
+        """Tokens, those in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
     def pending(self) -> int:
         """Tokens still to be computed; 1 means that the sequence decodes."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
+
+    @property
+    def ready(self) -> bool:
+        """Whether a next token is wanted for sure, as far as lengths tell."""
+        return self.in_flight == 0 or self.num_output + self.in_flight < self.max_tokens
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether its next logits are adjusted by what was sampled last, which the host must know by then."""
+        p = self.params
+        return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
     @property
     def unscored(self) -> bool:

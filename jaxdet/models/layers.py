@@ -27,22 +27,35 @@ KVCache = list[tuple[jax.Array, jax.Array]]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "slots", "block_tables", "query_start", "seq_lens"],
-    meta_fields=["max_query_len"],
+    data_fields=["tokens", "positions", "slots", "tables", "query_start", "seq_lens"],
+    meta_fields=["rows"],
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The tokens of one step: sequences one after the other, then padding."""
+    """The tokens of one step: `rows` of them are queries of their own, then come the prompts of S sequences.
+
+    The rows are decoding sequences, or several tokens of one (drafts): each sees the cache up to its own position.
+    """
 
     tokens: Int[HostOrDevice, " T"]
     positions: Int[HostOrDevice, " T"]
     slots: Int[HostOrDevice, " T"]
     """Where each token's key and value go: page · PAGE_SIZE + offset; padding goes to the trash page."""
-    block_tables: Int[HostOrDevice, "S pages"]
+    tables: Int[HostOrDevice, "rows+S pages"]
+    """Page numbers of every row's sequence, then of every prompt's."""
     query_start: Int[HostOrDevice, " S+1"]
-    seq_lens: Int[HostOrDevice, " S"]
-    max_query_len: int
-    """1 for decode; the bucket's length for prefill."""
+    """Where each prompt starts, counted from the first prompt token; the last entry is their number."""
+    seq_lens: Int[HostOrDevice, " rows+S"]
+    """Keys that each row, or the last token of each prompt, may see."""
+    rows: int
+
+    def with_tokens(self, tokens: Int[Array, " T"]) -> "Batch":
+        return dataclasses.replace(self, tokens=tokens)
+
+    def last_rows(self) -> Int[Array, " rows+S"]:
+        """The tokens after which something may be sampled: every row, and the last of every prompt."""
+        ends = self.rows + jnp.maximum(self.query_start[1:] - 1, 0)
+        return jnp.concatenate([jnp.arange(self.rows, dtype=jnp.int32), ends])
 
 
 class RMSNorm(nnx.Module):
@@ -89,19 +102,7 @@ class Attention(nnx.Module):
             eps=c.norm_eps,
             backend=self.backend,
         )
-        out = attention(
-            q,
-            k_pages,
-            v_pages,
-            batch.block_tables,
-            batch.query_start,
-            batch.seq_lens,
-            scale=c.attention_scale,
-            window=self.window,
-            soft_cap=c.soft_cap,
-            max_query_len=batch.max_query_len,
-            backend=self.backend,
-        ).reshape(x.shape[0], -1)
+        out = self._attend(q, k_pages, v_pages, batch).reshape(x.shape[0], -1)
         y = matmul(
             out,
             self.output[...],
@@ -111,6 +112,43 @@ class Attention(nnx.Module):
             backend=self.backend,
         )
         return y, (k_pages, v_pages)
+
+    def _attend(self, q, k_pages, v_pages, batch: Batch):
+        """The rows' attention and the prompts'; the op gives both the same bits."""
+        c, rows, parts = self.config, batch.rows, []
+        call = functools.partial(
+            attention,
+            scale=c.attention_scale,
+            window=self.window,
+            soft_cap=c.soft_cap,
+            backend=self.backend,
+        )
+        if rows:
+            starts = jnp.arange(rows + 1, dtype=jnp.int32)
+            parts.append(
+                call(
+                    q[:rows],
+                    k_pages,
+                    v_pages,
+                    batch.tables[:rows],
+                    starts,
+                    batch.seq_lens[:rows],
+                    max_query_len=1,
+                )
+            )
+        if prompt_tokens := q.shape[0] - rows:
+            parts.append(
+                call(
+                    q[rows:],
+                    k_pages,
+                    v_pages,
+                    batch.tables[rows:],
+                    batch.query_start,
+                    batch.seq_lens[rows:],
+                    max_query_len=prompt_tokens,
+                )
+            )
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 class MLP(nnx.Module):

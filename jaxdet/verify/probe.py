@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdet.engine.batch import model_batch
+from jaxdet.engine.batch import model_batch, starts
+from jaxdet.engine.buckets import Buckets
+from jaxdet.engine.scheduler import Part, Plan
 from jaxdet.engine.sequence import Sequence
 from jaxdet.engine.step import Step
 from jaxdet.models.layers import KVCache
@@ -16,6 +18,7 @@ from jaxdet.sampling_params import SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE
 
 MAX_SEQS, MAX_TOKENS, PREFILL_SEQS = 64, 512, 8
+BUCKETS = Buckets(MAX_SEQS, MAX_TOKENS, PREFILL_SEQS)
 POOL = 80
 """Pages of the cache: one for each of 64 sequences, and some."""
 LENGTH, MODEL_LEN = 500, 512
@@ -73,19 +76,14 @@ class Probe:
 
     def run(self, cache: KVCache, rows: Iterable[Row]) -> tuple[list[np.ndarray], KVCache]:
         """float32 logits [tokens, V] of every row, and the cache with their keys and values."""
-        rows = list(rows)
-        counts = [row.end - row.start for row in rows]
-        work = list(zip(map(_sequence, rows), counts, strict=True))
-        batch = model_batch(
-            work,
-            max_prefill_seqs=PREFILL_SEQS,
-            max_num_seqs=MAX_SEQS,
-            max_tokens=MAX_TOKENS,
-            table=self.table,
-        )
+        parts = [Part(_sequence(row), row.start, row.end - row.start, [], True) for row in rows]
+        plan = Plan([p for p in parts if p.count == 1], [p for p in parts if p.count > 1])
+        bucket = BUCKETS.fit(len(plan.rows), sum(p.count for p in plan.chunks), len(plan.chunks))
+        batch, _ = model_batch(plan, bucket, self.table)
         logits, cache = self.step.forward(cache, batch)
-        ends = np.cumsum(counts)
-        return np.split(np.asarray(logits)[: ends[-1]], ends[:-1]), cache
+        found = np.asarray(logits)
+        first = {id(part): at for part, at in starts(plan, bucket)}
+        return [found[first[id(p)] : first[id(p)] + p.count] for p in parts], cache
 
     def whole(self, cache: KVCache, chunk: int, pages: list[int] | None = None) -> tuple[np.ndarray, KVCache]:
         """Logits [LENGTH, V] of the reference sequence, `chunk` tokens a step."""
@@ -113,5 +111,5 @@ def _sequence(row: Row) -> Sequence:
         max_tokens=1,
         stop_ids=frozenset(),
     )
-    sequence.pages, sequence.computed = row.pages, row.start
+    sequence.pages = row.pages
     return sequence

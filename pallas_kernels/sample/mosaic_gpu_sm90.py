@@ -6,7 +6,7 @@ ordered bits of x, four bits a launch. Each launch sums, over the elements above
 lies above the range that is left was summed before; within it a thread adds its elements of a chunk in ascending id,
 Mosaic's tree adds 128 threads, another one adds chunks.
 
-x = logit · (1 / temperature), rounded; noise and ties as `op.sample` says; penalties and logprobs are XLA's program.
+x = logit · (1 / temperature), rounded; noise and ties as `op.sample` says; logprobs are XLA's program.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax import lax
 
 from pallas_kernels.compat import add_rounded, interpreting, pl, plgpu, require_hopper
 from pallas_kernels.reduce import pin
-from pallas_kernels.sample.xla import penalise, threefry2x32, token_logprobs
+from pallas_kernels.sample.xla import threefry2x32, token_logprobs
 
 __all__ = ["sample", "token_logprobs"]
 
@@ -41,21 +41,17 @@ def sample(logits, rows):
     """See `op.sample`."""
     require_hopper("sample")
     vocab = logits.shape[1]
-    adjusted = penalise(logits, rows) if rows.adjusted_ids.shape[1] else logits
     if pad := max(PIECE - vocab, -vocab % 4):
-        adjusted = jnp.pad(adjusted, ((0, 0), (0, pad)), constant_values=-jnp.inf)
-    chunks = -(-adjusted.shape[1] // CHUNK)
+        logits = jnp.pad(logits, ((0, 0), (0, pad)), constant_values=-jnp.inf)
+    chunks = -(-logits.shape[1] // CHUNK)
     if chunks > SUMS:
         raise ValueError(f"sample: {vocab} tokens; mosaic_gpu takes up to {SUMS * CHUNK}; use backend='xla'")
-    call = functools.partial(_kernel, adjusted.shape, interpreting=interpreting())
-    best, first = call("peak")(adjusted)
+    best, first = _kernel(logits.shape, "peak", interpreting=interpreting())(logits)
     peak = jnp.max(best, axis=1)
-    greedy = _earliest(best, first)
-    usable = jnp.isfinite(jnp.max(logits, axis=1) if adjusted is not logits else peak)
-
-    # Rows are independent and a greedy row ignores the branch, so this choice can't reach anyone's bits.
-    drawn = lax.cond(jnp.any(rows.temperature > 0), _drawn, lambda *_: greedy, adjusted, peak, rows)
-    return jnp.where(rows.temperature > 0, drawn, greedy), usable
+    greedy, usable = _earliest(best, first), jnp.isfinite(peak)
+    if rows is None:
+        return greedy, usable
+    return jnp.where(rows.temperature > 0, _drawn(logits, peak, rows), greedy), usable
 
 
 def _drawn(logits, peak, rows):
@@ -88,15 +84,13 @@ def edges(logits, peak, rows):
         def step(i, state):
             return tuple(narrow(*operands, jnp.full(1, i, jnp.int32), *state))
 
-        def find():
-            low, high = jnp.full(count, LOWEST, jnp.int32), jnp.full(count, HIGHEST, jnp.int32)
-            nothing = jnp.zeros(count)
-            state = low, high, nothing, nothing, jnp.zeros((count, SLOTS, SUMS))
-            state = lax.fori_loop(0, STEPS, step, state)
-            low, _, base, limit, sums = last(*operands, jnp.full(1, STEPS, jnp.int32), *state)
-            return tuple(call("cut", weigh)(*operands, low, base, limit, sums))
-
-        return lax.cond(jnp.any(active), find, lambda: everything)
+        # Rows without an edge leave these launches at once; a branch around them would make the host wait for it.
+        low, high = jnp.full(count, LOWEST, jnp.int32), jnp.full(count, HIGHEST, jnp.int32)
+        nothing = jnp.zeros(count)
+        state = low, high, nothing, nothing, jnp.zeros((count, SLOTS, SUMS))
+        state = lax.fori_loop(0, STEPS, step, state)
+        low, _, base, limit, sums = last(*operands, jnp.full(1, STEPS, jnp.int32), *state)
+        return tuple(call("cut", weigh)(*operands, low, base, limit, sums))
 
     everything = jnp.full(count, -jnp.inf), jnp.full(count, -1, jnp.int32)
     by_k = edge(False, drawn & (rows.top_k > 0), rows.top_k.astype(jnp.float32), everything)

@@ -4,30 +4,17 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.reduce import pin
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=[
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "seed",
-        "sample_index",
-        "position",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "adjusted_ids",
-        "adjusted_bias",
-        "seen",
-        "output_counts",
-    ],
+    data_fields=["temperature", "top_k", "top_p", "min_p", "seed", "sample_index", "position"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,31 +32,55 @@ class SamplingRows:
     """Which of a request's `n` samples this is."""
     position: Int[HostOrDevice, " S"]
     """Absolute position of the token being chosen."""
-    repetition_penalty: Float[HostOrDevice, " S"]
-    presence_penalty: Float[HostOrDevice, " S"]
-    frequency_penalty: Float[HostOrDevice, " S"]
-    adjusted_ids: Int[HostOrDevice, "S A"]
-    """Distinct token ids whose logits change before sampling; padding is the vocabulary size."""
-    adjusted_bias: Float[HostOrDevice, "S A"]
-    """Added to those logits first (−inf bans)."""
-    seen: Bool[HostOrDevice, "S A"]
-    """Whether the id occurs in prompt or output (repetition penalty)."""
-    output_counts: Int[HostOrDevice, "S A"]
-    """How often it occurs in the output (presence and frequency penalties)."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["row", "id", "bias", "seen", "count", "repetition", "presence", "frequency"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Adjustments:
+    """Single logits that change before sampling: biases, bans and penalties, in one list for all rows."""
+
+    row: Int[HostOrDevice, " A"]
+    """The number of rows and more is padding."""
+    id: Int[HostOrDevice, " A"]
+    """The token; no (row, id) occurs twice."""
+    bias: Float[HostOrDevice, " A"]
+    """Added first (−inf bans)."""
+    seen: Bool[HostOrDevice, " A"]
+    """Whether the id occurs in prompt or output: only then does the repetition penalty apply."""
+    count: Int[HostOrDevice, " A"]
+    """How often it occurs in the output."""
+    repetition: Float[HostOrDevice, " A"]
+    presence: Float[HostOrDevice, " A"]
+    frequency: Float[HostOrDevice, " A"]
+
+
+def adjust(logits: Float[Array, "S V"], adjustments: Adjustments) -> Float[Array, "S V"]:
+    """The logits after bias → repetition → frequency → presence penalties, each rounded to float32."""
+    a = adjustments
+    x = pin(logits.at[a.row, a.id].get(mode="fill", fill_value=0) + a.bias)
+    repeated = jnp.where(x > 0, x / a.repetition, pin(x * a.repetition))
+    x = pin(jnp.where(a.seen, repeated, x))
+    x = x - pin(a.frequency * a.count)
+    x = x - jnp.where(a.count > 0, a.presence, 0.0)
+    return pin(logits.at[a.row, a.id].set(x, mode="drop"))
 
 
 def sample(
-    logits: Float[Array, "S V"], rows: SamplingRows, *, backend: str | None = None
+    logits: Float[Array, "S V"], rows: SamplingRows | None, *, backend: str | None = None
 ) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
     """One token per row, and whether the row's logits were usable (no NaN, a finite maximum).
 
-    Order: bias → repetition → frequency → presence penalties → temperature → min-p → top-k → top-p → the largest of
-    logit + Gumbel noise. The noise is Threefry-2x32 (Salmon et al. 2011) of (seed, sample index, position, token id),
-    with u in the open interval (0, 1). Ties go to the lowest id, in every step; top-p sums in a pinned order.
+    Order: temperature → min-p → top-k → top-p → the largest of logit + Gumbel noise. The noise is Threefry-2x32
+    (Salmon et al. 2011) of (seed, sample index, position, token id), with u in the open interval (0, 1). Ties go to
+    the lowest id, in every step; top-p sums in a pinned order.
 
     Args:
-        logits: float32.
-        rows: one entry per row.
+        logits: float32, adjusted if they have to be.
+        rows: one entry per row; None takes every row's largest logit, as rows of temperature 0 do.
     """
     return registry.load("sample", backend).sample(logits, rows)
 

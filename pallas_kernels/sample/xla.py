@@ -10,14 +10,11 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 def sample(logits, rows):
     """See `op.sample`."""
-    peak = pin(jnp.max(logits, axis=1))
-    usable = jnp.isfinite(peak)
-    if rows.adjusted_ids.shape[1]:
-        logits = penalise(logits, rows)
+    usable = jnp.isfinite(pin(jnp.max(logits, axis=1)))
     greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
-    # Rows are independent and a greedy row ignores the branch, so this choice can't reach anyone's bits.
-    drawn = lax.cond(jnp.any(rows.temperature > 0), lambda: _draw(logits, rows), lambda: greedy)
-    return jnp.where(rows.temperature > 0, drawn, greedy), usable
+    if rows is None:
+        return greedy, usable
+    return jnp.where(rows.temperature > 0, _draw(logits, rows), greedy), usable
 
 
 def token_logprobs(logits, ids, *, top):
@@ -30,20 +27,6 @@ def token_logprobs(logits, ids, *, top):
     rank = 1 + jnp.sum(ahead, axis=1, dtype=jnp.int32)
     best, best_ids = lax.top_k(_positive_zero(logits), top)
     return normalise(own)[:, 0], rank, normalise(best), best_ids.astype(jnp.int32)
-
-
-def penalise(logits, rows):
-    vocab = logits.shape[1]
-    at = jnp.minimum(rows.adjusted_ids, vocab - 1)
-    x = pin(jnp.take_along_axis(logits, at, axis=1) + rows.adjusted_bias)
-    repeated = jnp.where(
-        x > 0, x / rows.repetition_penalty[:, None], pin(x * rows.repetition_penalty[:, None])
-    )
-    x = pin(jnp.where(rows.seen, repeated, x))
-    x = x - pin(rows.frequency_penalty[:, None] * rows.output_counts)
-    x = x - jnp.where(rows.output_counts > 0, rows.presence_penalty[:, None], 0.0)
-    row = jnp.arange(logits.shape[0])[:, None]
-    return pin(logits.at[row, rows.adjusted_ids].set(x, mode="drop"))
 
 
 def _draw(logits, rows):

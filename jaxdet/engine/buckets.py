@@ -1,0 +1,81 @@
+"""The few shapes that steps are padded to, so that every program can be compiled before the first request."""
+
+import dataclasses
+
+SMALLEST_CHUNK = 32
+FINEST_CHUNK = 512
+"""Up to here sizes double; above they quadruple."""
+FEW_ROWS = 8
+"""Decoding rows beside a prompt, the smaller of two sizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Sizes of a step: decoding rows, then `tokens` of `seqs` prompts."""
+
+    rows: int
+    tokens: int
+    seqs: int
+
+    @property
+    def sampled(self) -> int:
+        """Rows of logits."""
+        return self.rows + self.seqs
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """All shapes of an engine: its limits rounded down in powers of two and four.
+
+    Args:
+        max_rows: decoding rows of a step, drafts included.
+        max_tokens: prompt tokens of a step.
+        max_seqs: prompts of a step.
+    """
+
+    max_rows: int
+    max_tokens: int
+    max_seqs: int
+
+    @property
+    def rows(self) -> list[int]:
+        return _sizes(1, self.max_rows, self.max_rows)
+
+    @property
+    def tokens(self) -> list[int]:
+        return _sizes(SMALLEST_CHUNK, self.max_tokens, FINEST_CHUNK)
+
+    @property
+    def mixed_rows(self) -> list[int]:
+        return sorted({min(FEW_ROWS, self.max_rows), self.max_rows})
+
+    @property
+    def mixed_tokens(self) -> list[int]:
+        return self.tokens[::-2][::-1]
+
+    def fit(self, rows: int, tokens: int, seqs: int) -> Bucket:
+        """The smallest bucket for a step."""
+        if not seqs:
+            return Bucket(_first(self.rows, rows), 0, 0)
+        if not rows:
+            return Bucket(0, _first(self.tokens, tokens), 1 if seqs == 1 else self.max_seqs)
+        return Bucket(_first(self.mixed_rows, rows), _first(self.mixed_tokens, tokens), self.max_seqs)
+
+    def all(self) -> list[Bucket]:
+        """Every bucket that `fit` may give, the largest first."""
+        decode = [Bucket(rows, 0, 0) for rows in self.rows]
+        prefill = [Bucket(0, tokens, seqs) for tokens in self.tokens for seqs in sorted({1, self.max_seqs})]
+        mixed = [Bucket(r, t, self.max_seqs) for r in self.mixed_rows for t in self.mixed_tokens]
+        return sorted(decode + prefill + mixed, key=lambda b: -b.rows - b.tokens)
+
+
+def _sizes(smallest: int, largest: int, finest: int) -> list[int]:
+    sizes, size = [], smallest
+    while size < largest:
+        sizes.append(size)
+        size *= 2 if size < finest else 4
+    return [*sizes, largest]
+
+
+def _first(sizes: list[int], wanted: int) -> int:
+    return next(size for size in sizes if size >= wanted)

@@ -1,0 +1,52 @@
+"""How many pages of KV cache fit beside the weights and what a step needs."""
+
+import jax
+
+from jaxdet.engine.buckets import Buckets
+from jaxdet.models.config import ModelConfig
+from pallas_kernels.numerics import PAGE_SIZE
+
+CPU_CACHE_BYTES = 2**30
+"""Size limit of the cache where the device doesn't tell its memory."""
+
+
+def page_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Bytes of one page of keys and values, all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_dim * itemsize
+
+
+def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int) -> int:
+    """Bytes of activations of the largest step: what is alive at once of a layer's, and the logits twice."""
+    c = config
+    tokens = buckets.max_rows + buckets.max_tokens
+    qkv = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+    layer = 3 * c.hidden_size + max(qkv + 2 * c.num_q_heads * c.head_dim, 3 * c.intermediate_size)
+    return tokens * layer * itemsize + 2 * (buckets.max_rows + buckets.max_seqs) * c.vocab_size * 4
+
+
+def plan_pages(
+    config: ModelConfig, buckets: Buckets, itemsize: int, *, table: int, wanted: int, utilization: float
+) -> int:
+    """Pages of the cache, the trash page included: `wanted` at most, and what the memory holds.
+
+    Args:
+        table: pages of one sequence at its longest.
+        wanted: pages that could ever be in use.
+        utilization: share of the device's memory that weights, cache and steps may take together.
+
+    Raises:
+        ValueError: not even one sequence fits.
+    """
+    memory = jax.local_devices()[0].memory_stats() or {}
+    budget = CPU_CACHE_BYTES
+    if "bytes_limit" in memory:
+        budget = int(utilization * memory["bytes_limit"]) - memory["bytes_in_use"]
+        budget -= step_bytes(config, buckets, itemsize)
+    pages = min(wanted, budget // page_bytes(config, itemsize) - 1)
+    if pages < table and "bytes_limit" in memory:
+        raise ValueError(
+            f"the KV cache has room for {max(pages, 0) * PAGE_SIZE} tokens beside the weights, fewer than one "
+            f"sequence's {table * PAGE_SIZE}; lower max_model_len, max_num_seqs or max_num_batched_tokens, or raise "
+            f"gpu_memory_utilization={utilization}"
+        )
+    return max(table, pages) + 1

@@ -1,0 +1,77 @@
+"""What the engine has done so far."""
+
+import dataclasses
+import time
+from collections import deque
+
+import numpy as np
+
+RECENT_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """A snapshot; counts are since the start, rates and times over the last 1000 steps."""
+
+    waiting: int
+    running: int
+    finished: int
+    """Sequences that ended by themselves."""
+    cancelled: int
+    failed: int
+    """Ended with "error"."""
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that came from the prefix cache."""
+    output_tokens: int
+    preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
+    pages: int
+    pages_in_use: int
+    compiled_programs: int
+    compiled_after_start: int
+    """Programs that a request had to wait for."""
+    tokens_per_second: float
+    """Output tokens a second."""
+    step_ms_p50: float
+    step_ms_p95: float
+    step_ms_p99: float
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of the prompt tokens that came from the prefix cache."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+class Counters:
+    """The engine's tallies."""
+
+    def __init__(self):
+        self.finished = self.cancelled = self.failed = self.steps = 0
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
+        self._ends: deque[tuple[float, float, int]] = deque(maxlen=RECENT_STEPS)
+        """Per step: when it ended, how long after the one before it or its own start, output tokens."""
+
+    def step_done(self, started: float, tokens: int) -> None:
+        """A step's results are in; it was handed to the device at `started`."""
+        now = time.perf_counter()
+        begun = max(started, self._ends[-1][0]) if self._ends else started
+        self._ends.append((now, now - begun, tokens))
+        self.steps += 1
+        self.output_tokens += tokens
+
+    def rates(self) -> dict[str, float]:
+        """Tokens a second and percentiles of the step time."""
+        if not self._ends:
+            return dict.fromkeys(("tokens_per_second", "step_ms_p50", "step_ms_p95", "step_ms_p99"), 0.0)
+        _, durations, tokens = np.array(self._ends).T
+        p50, p95, p99 = np.percentile(durations * 1e3, [50, 95, 99]).tolist()
+        return {
+            "tokens_per_second": float(tokens.sum() / durations.sum()),
+            "step_ms_p50": p50,
+            "step_ms_p95": p95,
+            "step_ms_p99": p99,
+        }

@@ -1,0 +1,91 @@
+"""Compiles everything at start, several programs at a time."""
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from jaxdet.engine.batch import ADJUSTMENT_BUCKETS
+from jaxdet.engine.buckets import Bucket, Buckets
+from jaxdet.engine.step import Step
+from jaxdet.models.layers import Batch, KVCache
+from jaxdet.sampling_params import MAX_LOGPROBS
+from pallas_kernels.sample.op import Adjustments, SamplingRows
+
+COPY_BUCKETS = (4, 64, 1024)
+"""Pages copied at once."""
+MOST_THREADS = 16
+_shape: Any = jax.ShapeDtypeStruct
+
+
+def compile_all(
+    steps: list[tuple[Step, KVCache, jax.Array]], buckets: Buckets, table: int, *, progress: bool
+) -> None:
+    """Compiles the programs of every bucket.
+
+    Args:
+        steps: each model with its cache and its last tokens, of which only shapes matter.
+        table: length of a block table.
+        progress: show a bar.
+    """
+    jobs = [job for step in steps for job in _jobs(*step, buckets, table)]
+    with (
+        concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(jobs), desc="Compiling", unit="program", disable=not progress) as bar,
+    ):
+        try:
+            for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _jobs(
+    step: Step, cache: KVCache, last_tokens: jax.Array, buckets: Buckets, table: int
+) -> Iterator[Callable[[], object]]:
+    """What compiles the programs of one model, the slowest first."""
+    compiler, of, bind = step.compiler(), _shape, functools.partial
+    cache, last = jax.eval_shape(lambda: (cache, last_tokens))
+    vocab, top = step.config.vocab_size, min(MAX_LOGPROBS, step.config.vocab_size)
+    shapes = buckets.all()
+    for bucket in shapes:
+        tokens = of((bucket.rows + bucket.tokens,), jnp.int32)
+        yield bind(compiler.run, cache, last, tokens, _batch(bucket, table))
+    for size in sorted({bucket.sampled for bucket in shapes}):
+        logits, ids = of((size, vocab), jnp.float32), of((size,), jnp.int32)
+        for rows in (None, _sampling_rows(size)):
+            yield bind(compiler.draw, logits, rows, ids, last)
+        yield bind(compiler.logprobs, logits, ids, top=top)
+        for length in ADJUSTMENT_BUCKETS:
+            yield bind(compiler.adjust, logits, _adjustments(length))
+    for size in sorted({bucket.rows + bucket.tokens for bucket in shapes}):
+        hidden = of((size, step.config.hidden_size), step.dtype)
+        yield bind(compiler.score, hidden, of((size,), jnp.int32), top=top)
+    for size in COPY_BUCKETS:
+        yield bind(compiler.copy_pages, cache, *[of((size,), jnp.int32)] * 2)
+
+
+def _batch(bucket: Bucket, table: int) -> Batch:
+    ints = lambda *shape: _shape(shape, jnp.int32)  # noqa: E731
+    tokens, sequences = ints(bucket.rows + bucket.tokens), bucket.rows + bucket.seqs
+    starts, lens = ints(bucket.seqs + 1), ints(sequences)
+    return Batch(tokens, tokens, tokens, ints(sequences, table), starts, lens, bucket.rows)
+
+
+def _sampling_rows(size: int) -> SamplingRows:
+    of = lambda kind: _shape((size,), kind)  # noqa: E731
+    columns = [of(kind) for kind in ("float32", "int32", "float32", "float32", "int32", "int32")]
+    columns.insert(4, _shape((size, 2), "uint32"))
+    return SamplingRows(*columns)
+
+
+def _adjustments(length: int) -> Adjustments:
+    kinds = "int32", "int32", "float32", "bool", "int32", "float32", "float32", "float32"
+    return Adjustments(*(_shape((length,), kind) for kind in kinds))
