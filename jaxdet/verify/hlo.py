@@ -1,0 +1,280 @@
+"""The contract's lint: names every op of a compiled program whose order or rounding XLA is free to choose.
+
+It reads optimised HLO (`compiled.as_text()`), where an op outside a fusion finds its operands rounded, in memory; and
+unoptimised HLO (`lowered.as_text("hlo", debug_info=True)`, which needs no device of the platform it is lowered for),
+where whatever has no optimisation barrier in between may come into one fusion. docs/contract.md has the rules.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from jax.stages import Compiled
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jaxdet.verify.hlo_module import REDUCTIONS, Computation, Op, Program
+from pallas_kernels.backend import rows_are_free
+from pallas_kernels.matmul.xla import BLOCKED_MAX_ROWS
+from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK, PAGE_SIZE
+
+# How the targets of custom calls begin: our kernels'; XLA's own that round nothing (sorting, placement); cuBLAS's.
+KERNELS = ("mosaic_gpu", "tpu_custom_call")
+EXACT_CALLS = ("TopK", "__gpu$TopK", "__cub$Device", "Sharding", "SPMD", "AllocateBuffer", "ConcatBitcast")
+CUBLAS = "__cublas"
+XLA_KERNEL = re.compile(r"(?!after ).* at pallas_kernels/\w+/xla\.py:")
+
+# fmt: off
+COPIES = {"concatenate", "convert", "copy", "dynamic-slice", "pad", "reshape", "reverse", "slice", "transpose"}
+MOVES = COPIES | {"bitcast", "broadcast", "get-tuple-element", "tuple"}
+EXACT = MOVES | {
+    "abs", "after-all", "all-gather", "all-to-all", "async", "bitcast-convert", "call",
+    "ceil", "clamp", "collective-permute", "compare", "conditional", "constant", "dynamic-update-slice",
+    "floor", "fusion", "gather", "iota", "is-finite", "maximum", "minimum", "negate", "opt-barrier",
+    "parameter", "round-nearest-afz", "round-nearest-even", "select", "sign", "sort", "topk", "while",
+}
+ELEMENTWISE = {
+    "add", "atan2", "cbrt", "cosine", "divide", "erf", "exponential", "exponential-minus-one", "log",
+    "log-plus-one", "logistic", "multiply", "power", "remainder", "rsqrt", "sine", "sqrt", "subtract",
+    "tan", "tanh",
+}
+# fmt: on
+
+ON_CHIP = "S(1)"
+"""What marks a result in a TPU's VMEM: fetched for the op that reads it, and no copy in memory."""
+AT_LEAST = 2**20
+"""Bytes from which a copy is reported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """An op that breaks the contract, and why."""
+
+    op: Op
+    why: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op.name} = {self.op.shape} {self.op.opcode} {self.why} [{self.op.source or 'no source'}]"
+        )
+
+
+def copies(program: Program, at_least: int = AT_LEAST) -> Iterator[Finding]:
+    """Ops of an optimised program that only move data, fusions of such ops too; a gather is a lookup, no copy.
+
+    Args:
+        at_least: bytes that must be both read and written to count.
+    """
+    for computation in program.loose:
+        for op in computation.values():
+            if op.opcode.endswith("-start") or ON_CHIP in op.shape:
+                continue
+            start = computation.operands(op)[0] if op.opcode.endswith("-done") else op
+            read = sum(o.size for o in computation.operands(start) if not _filled(computation, o))
+            if min(op.size, read) >= at_least and _only_moves(program, start):
+                yield Finding(op, f"copies {op.size / 2**20:.1f} MB")
+
+
+def misplaced(program: Program, at_least: int = AT_LEAST) -> Iterator[Finding]:
+    """Results that have an argument's shape, as a cache has, and don't take an argument's place.
+
+    Args:
+        at_least: bytes from which a result counts.
+    """
+    arguments = {a for op in program.entry.values() if op.opcode == "parameter" for a in op.arrays}
+    results = [("", program.result)]
+    if program.result.opcode == "tuple":
+        results = [(str(i), program.entry[name]) for i, name in enumerate(program.result.operands)]
+    for index, op in results:
+        if op.size >= at_least and op.arrays[0] in arguments and index not in program.aliased:
+            yield Finding(op, "is returned, and not written in the place of an argument of its shape")
+
+
+def _filled(computation: Computation, op: Op) -> bool:
+    """Whether `op` repeats a scalar, so that its bytes are no data."""
+    scalars = all(math.prod(o.arrays[0][1]) == 1 for o in computation.operands(op))
+    return op.opcode in ("broadcast", "fusion") and scalars
+
+
+def _only_moves(program: Program, op: Op) -> bool:
+    if not op.opcode.startswith("fusion"):
+        return _plain(op) in COPIES
+    opcodes = {inner.opcode for inner in program.applied(op)}
+    return opcodes <= MOVES | {"parameter", "constant"} and not opcodes.isdisjoint(COPIES)
+
+
+def unpinned(program: Program) -> Iterator[Finding]:
+    """Float ops of XLA's own whose order or rounding is its choice."""
+    for op in program.ops:
+        if not op.float_bits:
+            continue
+        if op.opcode in REDUCTIONS:
+            if any(inner.opcode in ELEMENTWISE and inner.float_bits for inner in program.applied(op)):
+                yield Finding(op, "reduces floats in an order of XLA's choice")
+        elif op.opcode == "custom-call":
+            if not op.target.startswith((*KERNELS, *EXACT_CALLS)):
+                yield Finding(op, f"is {op.target}, no kernel of ours")
+        elif _plain(op) not in EXACT | ELEMENTWISE | REDUCTIONS:
+            yield Finding(op, "sums in an order of XLA's choice")
+    for computation in program.fused if program.optimised else program.loose:
+        rounded = {name for name, op in computation.items() if _rounds(computation, op)}
+        for op in filter(lambda op: op.float_bits, computation.values()):
+            sources = list(_sources(computation, op))
+            if op.opcode in ("add", "subtract") and any(s.opcode == "multiply" for s in sources):
+                yield Finding(op, "takes a product, and XLA may contract the two into one rounding")
+            # In an optimised program such a rounding is one that XLA has kept.
+            goes_on = op.name in rounded or _widens(computation, op)
+            if goes_on and not program.optimised and any(s.name in rounded for s in sources):
+                yield Finding(op, "goes on from a rounded value, and XLA may leave out that rounding")
+
+
+def _plain(op: Op) -> str:
+    """The opcode of what an asynchronous op starts or ends."""
+    return re.sub(r"-(start|update|done)$", "", op.opcode)
+
+
+def _sources(computation: Computation, op: Op) -> Iterator[Op]:
+    """The ops whose results come to `op` with nothing but moves and signs in between, and those moves."""
+    pending = computation.operands(op)
+    while pending:
+        yield (source := pending.pop())
+        if _plain(source) in MOVES or source.opcode == "negate":
+            pending += computation.operands(source)
+
+
+def _rounds(computation: Computation, op: Op) -> bool:
+    """Whether `op` rounds to fewer bits than XLA computes in."""
+    if op.opcode == "convert":
+        return 0 < op.float_bits < computation.operands(op)[0].float_bits
+    return op.opcode in ELEMENTWISE and 0 < op.float_bits < 32
+
+
+def _widens(computation: Computation, op: Op) -> bool:
+    return op.opcode == "convert" and op.float_bits > computation.operands(op)[0].float_bits > 0
+
+
+class Dot(NamedTuple):
+    """The shape of an XLA dot."""
+
+    batch: int
+    rows: int
+    depth: int
+    columns: int
+    dtypes: tuple[str, ...]
+
+
+def dots(program: Program) -> Iterator[tuple[Op, Dot]]:
+    """Every float dot, cuBLAS's too, with its shape."""
+    for computation in (*program.loose, *program.fused):
+        for op in filter(_is_dot, computation.values()):
+            (x, left), (y, right) = (o.arrays[0] for o in computation.operands(op)[:2])
+            batch, depth = (
+                math.prod(left[i] for i in _axes(op, f"lhs_{k}")) for k in ("batch", "contracting")
+            )
+            outer = max(batch * depth, 1)
+            dtypes = (x, y, op.arrays[0][0])
+            yield op, Dot(batch, math.prod(left) // outer, depth, math.prod(right) // outer, dtypes)
+
+
+def _is_dot(op: Op) -> bool:
+    return op.float_bits > 0 and (op.opcode == "dot" or op.target.startswith(CUBLAS))
+
+
+def _axes(op: Op, kind: str) -> list[int]:
+    """Of `lhs_batch_dims={0,1}`, or cuBLAS's `"lhs_batch_dimensions":["0","1"]`."""
+    found = re.search(rf'{kind}_dim(?:s=|ensions":)[{{\[]([\d,"]*)', op.attributes)
+    return [int(i) for i in re.findall(r"\d+", found[1])] if found else []
+
+
+def misshapen(programs: Mapping[str, Program]) -> Iterator[tuple[str, Finding]]:
+    """Dots that no kernel of the xla backend asks for, and dots that not every program (bucket) has.
+
+    A kernel's dot states the highest precision. Where its rows are free (`rows_are_free`) it has at least two, sums
+    at most K_CHUNK products, has whole blocks of columns (at most a page of keys up to BLOCKED_MAX_ROWS rows), and
+    every program has dots of that depth; elsewhere every program has dots of exactly that shape.
+    """
+    free = rows_are_free()
+    found = {name: list(dots(program)) for name, program in programs.items()}
+    forms = {name: {_form(dot, free) for _, dot in pairs} for name, pairs in found.items()}
+    for name, pairs in found.items():
+        for op, dot in pairs:
+            missing = [other for other in forms if _form(dot, free) not in forms[other]]
+            if not re.search(
+                r'operand_precision"?[=:][{\[]"?highest"?,"?highest', op.attributes, re.IGNORECASE
+            ):
+                yield name, Finding(op, "states no precision, so none of our kernels asked for it")
+            elif free and not _in_blocks(dot):
+                yield name, Finding(op, f"has a shape whose order may depend on the rows: {dot}")
+            elif missing:
+                yield name, Finding(op, f"has a shape that {', '.join(missing)} lacks: {dot}")
+
+
+def _form(dot: Dot, free: bool) -> tuple:
+    return (dot.depth, dot.dtypes) if free else dot
+
+
+def _in_blocks(dot: Dot) -> bool:
+    widest = PAGE_SIZE if dot.rows <= BLOCKED_MAX_ROWS else math.inf
+    return (
+        dot.rows >= 2 and dot.depth <= K_CHUNK and dot.columns % COLUMN_BLOCK == 0 and dot.columns <= widest
+    )
+
+
+@dataclasses.dataclass
+class Report:
+    """What `lint` found."""
+
+    programs: dict[str, Program]
+    findings: list[tuple[str, Finding]]
+    """With the name of the program that each is in."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there were programs, and nothing in them to find."""
+        return bool(self.programs) and not self.findings
+
+    def render(self) -> Group:
+        """The report for a terminal."""
+        table = Table(
+            title="compiled programs: what XLA may order or round as it likes", title_justify="left"
+        )
+        table.add_column("program")
+        for heading in ("ops checked", "our kernels", "dots", "findings"):
+            table.add_column(heading, justify="right")
+        for name, program in self.programs.items():
+            kernels = sum(op.target.startswith(KERNELS) for op in program.ops)
+            count = sum(where == name for where, _ in self.findings)
+            cells = (len(program.ops), kernels, sum(map(_is_dot, program.ops)), count)
+            table.add_row(name, *(f"{cell:,}" for cell in cells), style="bold red" if count else None)
+        verdict = (
+            Text(f"clean: {len(self.programs)} programs", style="bold green")
+            if self.ok
+            else Text(f"NOT pinned: {len(self.findings)} findings", style="bold red")
+        )
+        return Group(table, *(Text(f"{name}: {finding}") for name, finding in self.findings), verdict)
+
+
+def lint(programs: Mapping[str, Compiled | str], backend: str, *, at_least: int = AT_LEAST) -> Report:
+    """Checks one function's programs, one for each bucket.
+
+    Args:
+        programs: by name; compiled, or the text of their HLO.
+        backend: "xla", whose kernels are XLA's own dots and moves, or that of kernels beside which XLA may have none.
+        at_least: as for `copies`.
+
+    Raises:
+        ValueError: a text is no HLO module.
+    """
+    read = {name: Program(p if isinstance(p, str) else p.as_text() or "") for name, p in programs.items()}
+    findings = []
+    for name, program in read.items():
+        order, moves = unpinned(program), copies(program, at_least) if program.optimised else ()
+        place = misplaced(program, at_least)
+        if backend == "xla":
+            order = (f for f in order if not _is_dot(f.op))
+            moves = (f for f in moves if not XLA_KERNEL.match(f.op.source))
+        findings += [(name, finding) for finding in (*order, *moves, *place)]
+    return Report(read, [*findings, *(misshapen(read) if backend == "xla" else ())])
