@@ -15,8 +15,10 @@ from tqdm import tqdm
 from jaxdet.checkpoints import Checkpoint, open_checkpoint
 from jaxdet.engine.compile_cache import use_compile_cache
 from jaxdet.engine.digest import weights_digest
-from jaxdet.engine.engine import Engine
+from jaxdet.engine.engine import NGRAM, Engine
 from jaxdet.engine.sequence import Sequence as EngineSequence
+from jaxdet.engine.stats import EngineStats
+from jaxdet.models.layers import DecoderLM
 from jaxdet.models.registry import build_model, family_of
 from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
 from jaxdet.sampling_params import SamplingParams
@@ -40,13 +42,21 @@ class LLM:
         dtype: "float32", "bfloat16" or "float16" of weights and activations; "auto" is float32 on a CPU and bfloat16
             elsewhere.
         backend: which kernels; None takes the device's own.
-        max_num_seqs: sequences running at once; more wait.
-        max_num_batched_tokens: tokens of one prefill step; longer prompts are chunked.
+        max_num_seqs: sequences running at once, 64 on a CPU and 256 elsewhere by default; more wait.
+        max_num_batched_tokens: prompt tokens of one step, 512 on a CPU and 8192 elsewhere by default; longer prompts
+            are chunked.
         max_model_len: tokens of prompt and output together; the model's own limit, at most 4096, by default.
         enable_prefix_caching: reuse the KV pages of prefixes seen before.
         enable_chunked_prefill: split prompts longer than max_num_batched_tokens; without it they must fit.
         tensor_parallel_size: devices that share the model; 1 for now.
         num_pages: KV pages of 128 tokens; None sizes the cache by itself.
+        gpu_memory_utilization: share of the memory that JAX may use (XLA_PYTHON_CLIENT_MEM_FRACTION) which weights,
+            cache and activations may take.
+        speculative_model: who guesses tokens, which the model then verifies several at a time: "ngram" looks them up
+            in the text so far, a model's name runs that (smaller) model. Outputs don't change by a bit.
+        num_speculative_tokens: how many guesses one step verifies.
+        compile_at_start: compile every program before the first request (with a bar) instead of when it is needed;
+            by default everywhere but on a CPU.
         seed: seed of requests that bring none.
         keep_logits: give every output token's logits in `CompletionOutput.logits` (for verification).
 
@@ -61,18 +71,27 @@ class LLM:
         *,
         dtype: str = "auto",
         backend: str | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         tensor_parallel_size: int = 1,
         num_pages: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        speculative_model: str | Path | None = None,
+        num_speculative_tokens: int = 4,
+        compile_at_start: bool | None = None,
         seed: int = 0,
         keep_logits: bool = False,
     ):
+        on_cpu = jax.default_backend() == "cpu"
+        if max_num_seqs is None:
+            max_num_seqs = 64 if on_cpu else 256
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = 512 if on_cpu else 8192
         if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            dtype = "float32" if on_cpu else "bfloat16"
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} or auto")
         for name, value, smallest in (
@@ -80,11 +99,16 @@ class LLM:
             ("max_num_batched_tokens", max_num_batched_tokens, 1),
             ("max_model_len", 2 if max_model_len is None else max_model_len, 2),
             ("num_pages", 2 if num_pages is None else num_pages, 2),
+            ("num_speculative_tokens", num_speculative_tokens, 1),
             ("seed", seed, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {smallest}")
         SamplingParams(seed=seed)
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization={gpu_memory_utilization!r} must be above 0 and at most 1"
+            )
         if tensor_parallel_size != 1:
             raise ValueError(
                 f"tensor_parallel_size={tensor_parallel_size!r}: models run on one device so far; use 1"
@@ -105,27 +129,19 @@ class LLM:
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.tokenizer = checkpoint.tokenizer()
-        bar = tqdm(
-            total=len(checkpoint.tensors),
-            desc=f"Loading {self.name}",
-            unit="tensor",
-            disable=None,
-            leave=False,
-        )
-        with bar:
-            network = build_model(
-                _Watched(checkpoint, bar),
-                checkpoint.config,
-                dtype=DTYPES[dtype],
-                backend=resolve(
-                    backend,
-                    dtype=DTYPES[dtype],
-                    head_dim=shape.head_dim,
-                    num_q_heads=shape.num_q_heads,
-                    num_kv_heads=shape.num_kv_heads,
-                ),
-                max_model_len=max_model_len,
-            )
+        network = _load(checkpoint, DTYPES[dtype], backend, max_model_len)
+        drafter = None
+        if speculative_model == NGRAM:
+            drafter = NGRAM
+        elif speculative_model is not None:
+            small = open_checkpoint(speculative_model, check_config=family_of)
+            longest = family_of(small.config).read_config(small.config).max_position
+            if max_model_len > longest:
+                raise ValueError(
+                    f"speculative_model={small.name!r} takes {longest} tokens, fewer than max_model_len="
+                    f"{max_model_len}; lower max_model_len or use another model"
+                )
+            drafter = _load(small, DTYPES[dtype], backend, max_model_len)
         self.engine = Engine(
             network,
             salt=weights_digest(nnx.state(network)),
@@ -133,13 +149,18 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             num_pages=num_pages,
+            gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=enable_prefix_caching,
             enable_chunked_prefill=enable_chunked_prefill,
             seed=seed,
             eos_token_ids=self.tokenizer.eos_token_ids,
+            drafter=drafter,
+            num_speculative_tokens=num_speculative_tokens,
             keep_logits=keep_logits,
         )
-        self._live: dict[EngineSequence, _Request] = {}
+        if not on_cpu if compile_at_start is None else compile_at_start:
+            self.engine.compile_all(progress=True)
+        self._live: dict[EngineSequence, Request] = {}
 
     def generate(
         self,
@@ -147,6 +168,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes every prompt; results are in the prompts' order.
 
@@ -154,23 +176,29 @@ class LLM:
             prompts: one prompt or many, of any lengths.
             sampling_params: one for all, or one per prompt.
             use_tqdm: show a progress bar.
+            priority: one number per prompt; lower goes first where not all can run at once.
         """
         listed = as_list(prompts)
         params = _one_each(sampling_params, len(listed))
+        priorities = [0] * len(listed) if priority is None else list(priority)
+        if len(priorities) != len(listed):
+            raise ValueError(
+                f"priority has {len(priorities)} entries for {len(listed)} prompts; give one per prompt"
+            )
         encoded = [self._encode(prompt) for prompt in listed]
-        requests: list[_Request] = []
+        requests: list[Request] = []
         try:
-            for (text, ids), p in zip(encoded, params, strict=True):
-                requests.append(self._add(text, ids, p))
+            for (text, ids), p, turn in zip(encoded, params, priorities, strict=True):
+                requests.append(self._add(text, ids, p, turn))
             sequences = [s for r in requests for s in r.sequences]
             with tqdm(total=len(sequences), desc="Generating", unit="seq", disable=not use_tqdm) as bar:
                 while (done := sum(s.finish_reason is not None for s in sequences)) < len(sequences):
                     bar.update(done - bar.n)
-                    self._step()
+                    self.step()
                 bar.update(done - bar.n)
         finally:
             for request in requests:
-                self._drop(request)
+                self.abort(request)
         return [request.output() for request in requests]
 
     def chat(
@@ -224,7 +252,7 @@ class LLM:
             with tqdm(total=len(queued), desc="Scoring", unit="seq", disable=not use_tqdm) as bar:
                 while (done := sum(s.finish_reason is not None for s in queued)) < len(queued):
                     bar.update(done - bar.n)
-                    self._step()
+                    self.step()
                 bar.update(done - bar.n)
         finally:
             for sequence in queued:
@@ -249,25 +277,47 @@ class LLM:
                 elif all(reason for _, reason in state):
                     return
                 else:
-                    self._step()
+                    self.step()
         finally:
-            self._drop(request)
+            self.abort(request)
 
-    def _add(self, text: str | None, ids: Sequence[int], params: SamplingParams) -> "_Request":
-        request = _Request(self, text, self.engine.add(ids, params), params)
-        self._live |= dict.fromkeys(request.sequences, request)
-        return request
+    def submit(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> "Request":
+        """Queues a prompt among whatever runs already; `step` moves all requests on.
 
-    def _step(self) -> None:
-        """One step of the engine; stop strings end their sequences here, whichever call runs it."""
+        Args:
+            priority: lower goes first where not all can run at once; nobody waits for ever.
+        """
+        text, ids = self._encode(prompt)
+        (params,) = _one_each(sampling_params, 1)
+        return self._add(text, ids, params, priority)
+
+    def step(self) -> "list[Request]":
+        """One step of the engine; returns the requests that got a token or ended. Stop strings end theirs here."""
+        changed: dict[Request, None] = {}
         for sequence in self.engine.step():
             if (request := self._live.get(sequence)) is not None:
                 request.update(sequence)
+                changed[request] = None
+        return list(changed)
 
-    def _drop(self, request: "_Request") -> None:
+    def abort(self, request: "Request") -> None:
+        """Ends a request wherever it is, and forgets it; no other one notices."""
         for sequence in request.sequences:
             self.engine.abort(sequence)
-            del self._live[sequence]
+            self._live.pop(sequence, None)
+
+    def stats(self) -> EngineStats:
+        """What the engine did so far: tokens, cache hits, preemptions, step times, compiled programs."""
+        return self.engine.stats()
+
+    def _add(
+        self, text: str | None, ids: Sequence[int], params: SamplingParams, priority: int = 0
+    ) -> "Request":
+        request = Request(self, text, self.engine.add(ids, params, priority=priority), params)
+        self._live |= dict.fromkeys(request.sequences, request)
+        return request
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, str):
@@ -301,23 +351,27 @@ class _Watched:
         return value
 
 
-class _Request:
-    """A request's sequences and their text so far."""
+class Request:
+    """A submitted prompt: its sequences and their text so far."""
 
     def __init__(self, llm: LLM, prompt: str | None, sequences: list[EngineSequence], params: SamplingParams):
         self._llm, self._prompt, self._params = llm, prompt, params
         self.sequences = sequences
         self._text = {s: TextStream(llm.tokenizer, params) for s in sequences}
 
+    @property
+    def finished(self) -> bool:
+        return all(s.finish_reason is not None for s in self.sequences)
+
     def update(self, sequence: EngineSequence) -> None:
-        """Takes in the sequence's new token; a stop string ends it."""
+        """Looks for a stop string in a new token; without one, text is decoded when it is asked for."""
+        if not self._params.stop:
+            return
         stream = self._text[sequence]
         stream.extend(sequence.output)
         if stream.stopped_by is not None and sequence.finish_reason in (None, "length", "stop"):
             self._llm.engine.abort(sequence, "stop")
             sequence.finish_reason = "stop"
-        elif sequence.finish_reason is not None:
-            stream.finish(drop_last=sequence.finish_reason == "stop")
 
     def output(self) -> RequestOutput:
         first, p = self.sequences[0], self._params
@@ -336,6 +390,9 @@ class _Request:
 
     def _completion(self, s: EngineSequence) -> CompletionOutput:
         stream, wanted = self._text[s], self._params.logprobs is not None
+        stream.extend(s.output)
+        if s.finish_reason is not None and stream.stopped_by is None:
+            stream.finish(drop_last=s.finish_reason == "stop")
         return CompletionOutput(
             index=s.sample_index,
             text=stream.text,
@@ -356,6 +413,24 @@ class _Request:
         for place, (value, other) in enumerate(zip(top.tolist(), top_ids.tolist(), strict=True), 1):
             found.setdefault(other, Logprob(value, place, decode([other])))
         return found
+
+
+def _load(checkpoint: Checkpoint, dtype: jnp.dtype, backend: str | None, max_model_len: int) -> DecoderLM:
+    """The model of a checkpoint, on the device; a bar shows its tensors."""
+    shape = family_of(checkpoint.config).read_config(checkpoint.config)
+    kernels = resolve(
+        backend,
+        dtype=dtype,
+        head_dim=shape.head_dim,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+    )
+    count, name = len(checkpoint.tensors), f"Loading {checkpoint.name}"
+    with tqdm(total=count, desc=name, unit="tensor", disable=None, leave=False) as bar:
+        source = _Watched(checkpoint, bar)
+        return build_model(
+            source, checkpoint.config, dtype=dtype, backend=kernels, max_model_len=max_model_len
+        )
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

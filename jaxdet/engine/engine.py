@@ -110,8 +110,16 @@ class Engine:
             chunked=enable_chunked_prefill,
         )
         self._slots = max_num_seqs
-        self._drafter = self._make_drafter(drafter)
-        self._reset_device()
+        try:
+            self._drafter = self._make_drafter(drafter)
+            self._reset_device()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MemoryError(
+                f"the KV cache of num_pages={num_pages} does not fit beside the weights; lower num_pages or "
+                "gpu_memory_utilization, or give JAX more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+            ) from None
         self._ids = itertools.count()
         self._arrivals = itertools.count()
         self._flights: collections.deque[Flight] = collections.deque()
