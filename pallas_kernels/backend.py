@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from pallas_kernels.attention.segment_tpu import MAX_HEAD_DIM
 from pallas_kernels.attention.segments_sm90 import BLOCK, MOST_GROUPED_HEADS
 
 BACKENDS = ("xla", "mosaic_gpu", "mosaic_tpu")
@@ -29,8 +30,9 @@ def resolve(
 ) -> str:
     """The backend's name: `backend` itself if it is known; if it is None, the device's default for such a model.
 
-    The default is "mosaic_gpu" on a Hopper GPU for the dtypes and heads that its kernels take, else "xla"; a GPU that
-    falls back to "xla" says why in the log, once. Without a model's dtype and heads it is "xla".
+    The default is "mosaic_gpu" on a Hopper GPU and "mosaic_tpu" on a TPU for the dtypes and heads that their kernels
+    take, else "xla"; a GPU or TPU that falls back to "xla" says why in the log, once. Without a model's dtype and heads
+    it is "xla".
 
     Raises:
         ValueError: the name is unknown.
@@ -39,27 +41,39 @@ def resolve(
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)} or None")
         return backend
-    if jax.default_backend() != "gpu" or dtype is None or not (head_dim and num_q_heads and num_kv_heads):
+    platform = jax.default_backend()
+    if platform not in ("gpu", "tpu") or dtype is None or not (head_dim and num_q_heads and num_kv_heads):
         return "xla"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if capability != "9.0":
-        reason = f"compute capability {capability}, not 9.0"
-    else:
-        reason = _unlike_mosaic_gpu(np.dtype(dtype).name, head_dim, num_q_heads, num_kv_heads)
+    name, unlike = (
+        ("mosaic_gpu", _unlike_mosaic_gpu) if platform == "gpu" else ("mosaic_tpu", _unlike_mosaic_tpu)
+    )
+    reason = unlike(np.dtype(dtype).name, head_dim, num_q_heads, num_kv_heads)
     if reason is None:
-        return "mosaic_gpu"
-    _say_once(f"backend 'xla' instead of 'mosaic_gpu': {reason}; batch-invariant too, but slower")
+        return name
+    _say_once(f"backend 'xla' instead of {name!r}: {reason}; batch-invariant too, but slower")
     return "xla"
 
 
 def _unlike_mosaic_gpu(dtype: str, head_dim: int, num_q_heads: int, num_kv_heads: int) -> str | None:
-    """Why the Hopper kernels don't take such a model, or None."""
+    """Why the Hopper kernels don't take such a model on this GPU, or None."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability != "9.0":
+        return f"compute capability {capability}, not 9.0"
     if dtype not in ("bfloat16", "float16"):
         return f"dtype {dtype}, not bfloat16 or float16"
     if head_dim not in BLOCK:
         return f"head_dim {head_dim}, not {', '.join(map(str, BLOCK))}"
     if num_q_heads // num_kv_heads > MOST_GROUPED_HEADS:
         return f"{num_q_heads // num_kv_heads} query heads a KV head, more than {MOST_GROUPED_HEADS}"
+    return None
+
+
+def _unlike_mosaic_tpu(dtype: str, head_dim: int, num_q_heads: int, num_kv_heads: int) -> str | None:
+    """Why the TPU kernels don't take such a model, or None."""
+    if dtype not in ("bfloat16", "float32"):
+        return f"dtype {dtype}, not bfloat16 or float32"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim}, more than {MAX_HEAD_DIM}"
     return None
 
 

@@ -31,9 +31,14 @@ def gpu_interpreter():
     return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized"))
 
 
-def tpu_interpreter():
-    """Context in which Mosaic TPU kernels run on the CPU; memory that nothing wrote holds NaN."""
-    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams())
+def tpu_interpreter(*, simulate: bool = True):
+    """Context in which Mosaic TPU kernels run on the CPU.
+
+    Args:
+        simulate: step by step, copies done when they are waited for, and NaN in memory that nothing wrote; else as
+            one XLA program, several times as fast.
+    """
+    return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams() if simulate else True)  # type: ignore[arg-type]
 
 
 def interpreting() -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention.segment_tpu import ROWS_MULTIPLE, finish, segment, sub_tile
+from pallas_kernels.attention.segment_tpu import MAX_HEAD_DIM, ROWS_MULTIPLE, finish, segment, sub_tile
 from pallas_kernels.compat import pl, pltpu
 from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, as_stored, lies_transposed, require_dtype, round_up
 
@@ -24,7 +24,6 @@ MOST_SUB_TILES = 8
 MOST_ROWS = 4096
 """Rows of all KV heads and sub-tiles that share a page, at most."""
 
-MAX_HEAD_DIM = 256
 NOWHERE = -(2**30)
 """The position of what is no query: it sees no key."""
 

@@ -15,6 +15,8 @@ from jax import lax
 
 from pallas_kernels.tiles_tpu import dot, lies_transposed, round_up
 
+MAX_HEAD_DIM = 256
+
 ROWS = 64
 """Rows of a sub-tile, nearly: enough to keep the MXU busy, few enough that a decode step stays bound by memory."""
 
