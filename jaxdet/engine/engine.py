@@ -25,7 +25,7 @@ from jaxdet.models.layers import DecoderLM
 from jaxdet.sampling_params import MAX_LOGPROBS, SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
 
-MAX_PREFILL_SEQS = 8
+FEWEST_PREFILL_SEQS = 8
 OVERTAKING = 1000
 """How many later requests one step of priority may overtake: everybody's turn comes."""
 NGRAM = "ngram"
@@ -86,7 +86,8 @@ class Engine:
         self.keep_logits = keep_logits
         self._drafts = num_speculative_tokens if drafter is not None else 0
         self._table = -(-max_model_len // PAGE_SIZE)
-        self.buckets = Buckets(max_num_seqs * (1 + self._drafts), max_num_batched_tokens, MAX_PREFILL_SEQS)
+        prompts = max(FEWEST_PREFILL_SEQS, max_num_batched_tokens // PAGE_SIZE)
+        self.buckets = Buckets(max_num_seqs * (1 + self._drafts), max_num_batched_tokens, prompts)
         if num_pages is None:
             num_pages = plan_pages(
                 model.config,
@@ -106,7 +107,7 @@ class Engine:
             self.pool,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_prefill_seqs=MAX_PREFILL_SEQS,
+            max_prefill_seqs=prompts,
             chunked=enable_chunked_prefill,
         )
         self._slots = max_num_seqs
