@@ -128,25 +128,35 @@ def _forward(
     written = []
     for index, (layer, kv) in enumerate(zip(params["layers"], cache, strict=True)):
         angles = params["rope"][c.rope_of_layer[index]][positions][:, :, None]
-        y = _norm(x, layer["input_layernorm"], c)
-        y, kv = _attention(c, layer, y, positions, start, angles, c.windows[index], kv)
+        x, kv = decoder_layer(c, layer, x, positions, start, angles, c.windows[index], kv)
         written.append(kv)
-        sandwiched = "pre_feedforward_layernorm" in layer  # Gemma
-        if sandwiched:
-            y = _norm(y, layer["post_attention_layernorm"], c)
-        x = x + y
-        y = _norm(x, layer["pre_feedforward_layernorm" if sandwiched else "post_attention_layernorm"], c)
-        gate = ACTIVATIONS[c.activation](jnp.dot(y, layer["mlp.gate_proj"]))
-        y = jnp.dot(gate * jnp.dot(y, layer["mlp.up_proj"]), layer["mlp.down_proj"])
-        x = x + (_norm(y, layer["post_feedforward_layernorm"], c) if sandwiched else y)
     if last is not None:
         x = x[jnp.arange(x.shape[0]), last]
     elif not every:
         x = x[:, -1:]
+    return lm_head(c, params, x), written
+
+
+def decoder_layer(c: ModelConfig, layer, x, positions, start, angles, window, kv):
+    """One layer: the new x and the new (keys, values)."""
+    y = _norm(x, layer["input_layernorm"], c)
+    y, kv = _attention(c, layer, y, positions, start, angles, window, kv)
+    sandwiched = "pre_feedforward_layernorm" in layer  # Gemma
+    if sandwiched:
+        y = _norm(y, layer["post_attention_layernorm"], c)
+    x = x + y
+    y = _norm(x, layer["pre_feedforward_layernorm" if sandwiched else "post_attention_layernorm"], c)
+    gate = ACTIVATIONS[c.activation](jnp.dot(y, layer["mlp.gate_proj"]))
+    y = jnp.dot(gate * jnp.dot(y, layer["mlp.up_proj"]), layer["mlp.down_proj"])
+    return x + (_norm(y, layer["post_feedforward_layernorm"], c) if sandwiched else y), kv
+
+
+def lm_head(c: ModelConfig, params, x):
+    """float32 logits of x."""
     logits = jnp.dot(_norm(x, params["norm"], c), params["head"], preferred_element_type=jnp.float32)
     if c.logit_soft_cap is not None:
         logits = jnp.tanh(logits / c.logit_soft_cap) * c.logit_soft_cap
-    return logits, written
+    return logits
 
 
 def _attention(c: ModelConfig, layer, x, positions, start, angles, window, kv):

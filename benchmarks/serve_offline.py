@@ -1,0 +1,304 @@
+"""The engine on Qwen3-8B's shape in bfloat16 beside plain jitted JAX; needs a GPU with about 110 GB.
+
+    python benchmarks/serve_offline.py OUT [--only NAME ...] [--no-plain] [--layers 36] [--compile-all]
+
+Random weights (only shapes matter to speed), random prompts, greedy, end-of-sequence ignored. A decode rate is
+batch · 128 / (seconds for 129 tokens − seconds for 1 token), scheduler, sampler and host included. Plain JAX has a
+static cache as long as the longest sequence needs, once with a scan over layers and once unrolled, and keeps its
+tokens on the device. "Limit" is arithmetic: the weights and the cache read once a step at the card's own copy
+bandwidth, or the products at its own dense rate, both measured here. Writes OUT/serve_offline.json.
+"""
+
+import argparse
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import pathlib
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxdet.baseline import Baseline, decoder_layer, lm_head
+from jaxdet.engine.compile_cache import use_compile_cache
+from jaxdet.engine.engine import Engine
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.testing import random_model
+
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+PROMPT, OUTPUT = 128, 128
+MODEL_LEN, PAGES = 8448, 3300
+DECODE = {"decode 1": 1, "decode 8": 8, "decode 64": 64, "decode 256": 256, "decode 1000": 1000}
+TARGETS = {
+    "decode 1": 235,
+    "decode 8": 1800,
+    "decode 64": 13000,
+    "decode 256": 31000,
+    "decode 1000": 32000,
+    "decode 1 at 8k": 215,
+    "prefill 4 x 8192": 41000,
+    "1000 completions": 3.1,
+}
+VLLM = {
+    "decode 1": 192,
+    "decode 8": 1462,
+    "decode 64": 10303,
+    "decode 256": 22124,
+    "decode 1000": 24378,
+    "decode 1 at 8k": 180,
+    "prefill 4 x 8192": 38452,
+    "1000 completions": 4.7,
+}
+"""vLLM 0.24.0's default mode on one H200, 2026-11-24; not measured here."""
+
+
+class Bench:
+    """One engine and what runs on it."""
+
+    def __init__(self, layers: int):
+        self.layers, self.rng = layers, np.random.default_rng(0)
+        backend = "mosaic_gpu" if jax.devices()[0].compute_capability == "9.0" else "xla"
+        model = random_model(
+            CONFIG | {"num_hidden_layers": layers},
+            dtype=jnp.bfloat16,
+            backend=backend,
+            max_model_len=MODEL_LEN,
+        )
+        self.engine = Engine(
+            model,
+            salt="",
+            max_model_len=MODEL_LEN,
+            max_num_seqs=1000,
+            max_num_batched_tokens=8192,
+            num_pages=PAGES,
+        )
+
+    def seconds(self, batch: int, prompt: int, output: int, *, same: bool = False) -> float:
+        """Wall time of `batch` requests, from the first to the last token of all."""
+        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+        prompts = self.rng.integers(0, CONFIG["vocab_size"], (1 if same else batch, prompt)).tolist()
+        began = time.perf_counter()
+        for i in range(batch):
+            self.engine.add(prompts[0 if same else i], params)
+        while self.engine.has_work:
+            self.engine.step()
+        return time.perf_counter() - began
+
+    def decode(self, batch: int, prompt: int = PROMPT) -> float:
+        """Tokens a second."""
+        self.seconds(batch, prompt, 4)  # compiles
+        first, all_of_it = self.seconds(batch, prompt, 1), self.seconds(batch, prompt, OUTPUT + 1)
+        return batch * OUTPUT / (all_of_it - first)
+
+    def prefill(self) -> float:
+        self.seconds(1, 8192, 1)
+        return 4 * 8192 / self.seconds(4, 8192, 1)
+
+    def completions(self) -> float:
+        """Seconds for 1000 completions of 100 tokens of one prompt."""
+        self.seconds(1000, 32, 3, same=True)
+        return self.seconds(1000, 32, 100, same=True)
+
+
+class RandomCheckpoint:
+    """Tensors drawn on the device when they are read."""
+
+    def __init__(self, layers: int):
+        self.config = CONFIG | {"num_hidden_layers": layers}
+        c, d = CONFIG, CONFIG["head_dim"]
+        hidden, inner = c["hidden_size"], c["intermediate_size"]
+        q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+        block = {"self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden)}
+        block |= {"self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, q)}
+        block |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+        block |= {"mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,)}
+        block |= {"post_attention_layernorm": (hidden,), "self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
+        shapes = {"model.embed_tokens": (c["vocab_size"], hidden), "model.norm": (hidden,)}
+        shapes |= {"lm_head": (c["vocab_size"], hidden)}
+        for i in range(layers):
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+        self.tensors = {f"{name}.weight": shape for name, shape in shapes.items()}
+
+    def read(self, name: str) -> jax.Array:
+        return _draw(jax.random.key(hash(name) % 2**31), self.tensors[name])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key, shape):
+    if len(shape) == 1:
+        return jnp.ones(shape, jnp.float32)
+    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.asarray(0.02, jnp.bfloat16)
+
+
+def plain_rates(layers: int, batches: list[int]) -> dict[str, float]:
+    """Tokens a second of plain JAX, from context PROMPT on, tokens staying on the device."""
+    plain, found = Baseline(RandomCheckpoint(layers), dtype="bfloat16", max_model_len=PROMPT + OUTPUT), {}
+
+    def greedy(step):
+        def advance(params, cache, tokens, at):
+            logits, cache = step(params, cache, tokens[:, None], at)
+            return jnp.argmax(logits[:, 0], axis=1).astype(jnp.int32), cache
+
+        return jax.jit(advance, donate_argnums=1)
+
+    def time_of(step, params, cache, batch) -> float:
+        tokens, at = jnp.zeros(batch, jnp.int32), jnp.full(batch, PROMPT, jnp.int32)
+        for _ in range(3):
+            tokens, cache = step(params, cache, tokens, at)
+        jax.block_until_ready(tokens)
+        began = time.perf_counter()
+        for i in range(OUTPUT):
+            tokens, cache = step(params, cache, tokens, at + i)
+        jax.block_until_ready(tokens)
+        return batch * OUTPUT / (time.perf_counter() - began)
+
+    unrolled = greedy(plain.forward.__wrapped__)
+    for batch in batches:
+        found[f"unrolled {batch}"] = time_of(unrolled, plain.params, plain.new_cache(batch), batch)
+        print("plain, unrolled", batch, round(found[f"unrolled {batch}"]), flush=True)
+
+    c = plain.config
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    stacked = {
+        name: [layer.pop(name) for layer in plain.params["layers"]]
+        for name in list(plain.params["layers"][0])
+    }
+    params = plain.params | {"layers": {name: jnp.stack(stacked.pop(name)) for name in list(stacked)}}
+
+    def scanned(params, cache, tokens, start):
+        positions = start[:, None] + jnp.arange(1)
+        angles = params["rope"][0][positions][:, :, None]
+
+        def layer(x, weights):
+            return decoder_layer(c, weights[0], x, positions, start, angles, None, weights[1])
+
+        x, cache = lax.scan(layer, params["embedding"][tokens], (params["layers"], cache))
+        return lm_head(c, params, x), cache
+
+    for batch in batches:
+        cache = stack(plain.new_cache(batch))
+        found[f"scan {batch}"] = time_of(greedy(scanned), params, cache, batch)
+        print("plain, scan", batch, round(found[f"scan {batch}"]), flush=True)
+    return found
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a copy (read and written) and operations a second of a dense bfloat16 product."""
+    big = jnp.ones(2**30, jnp.bfloat16)
+    square = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+
+    def best(f, *args):
+        jax.block_until_ready(f(*args))
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            jax.block_until_ready(f(*args))
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
+    return 2 * big.nbytes / best(jax.jit(lambda x: -x), big), 2 * 8192**3 / best(
+        jax.jit(jnp.dot), square, square
+    )
+
+
+def limit(name: str, layers: int, copy: float, flops: float) -> float:
+    """The rate (or for completions the seconds) that the card's ceilings allow."""
+    c = CONFIG
+    hidden, inner, d = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+    heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
+    block = hidden * (heads + 2 * kv) * d + heads * d * hidden + 3 * hidden * inner
+    weights, head = layers * block, hidden * c["vocab_size"]
+
+    def step(rows: int, context: float) -> float:
+        attention = rows * context * layers * kv * d * 2 * 2
+        return max((2 * (weights + head) + attention) / copy, 2 * rows * (weights + head) / flops)
+
+    if name == "prefill 4 x 8192":
+        attention = layers * 2 * 8192**2 * heads * d / flops
+        return 8192 / (2 * 8192 * weights / flops + attention)
+    if name == "1000 completions":
+        return 100 * step(1000, 80)
+    rows, context = (1, 8192 + OUTPUT / 2) if "8k" in name else (DECODE[name], PROMPT + OUTPUT / 2)
+    return rows / step(rows, context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--only", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--no-plain", action="store_true")
+    parser.add_argument(
+        "--compile-all", action="store_true", help="compile every bucket first, and say how long"
+    )
+    options = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        raise SystemExit("serve_offline.py needs a GPU")
+    use_compile_cache()
+    copy, flops = ceilings()
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "jax": importlib.metadata.version("jax"),
+        "layers": options.layers,
+        "copy TB/s": copy / 1e12,
+        "dot TFLOP/s": flops / 1e12,
+        "rows": [],
+    }
+    print(json.dumps(report), flush=True)
+    bench = Bench(options.layers)
+    engine = bench.engine
+    report["backend"] = engine.step_fn.backend
+    if options.compile_all:
+        began = time.perf_counter()
+        engine.compile_all(progress=True)
+        report["compile all s"] = time.perf_counter() - began
+        report["programs"] = engine.step_fn.compiled
+        print("compiled", report["programs"], "programs in", round(report["compile all s"]), "s", flush=True)
+    runs = {name: functools.partial(bench.decode, batch) for name, batch in DECODE.items()}
+    runs |= {"decode 1 at 8k": functools.partial(bench.decode, 1, 8192), "prefill 4 x 8192": bench.prefill}
+    runs |= {"1000 completions": bench.completions}
+    for name in options.only:
+        began, steps = time.perf_counter(), engine.stats().steps
+        ours = runs[name]()
+        row = {
+            "name": name,
+            "ours": ours,
+            "target": TARGETS[name],
+            "vLLM default": VLLM[name],
+            "limit": limit(name, options.layers, copy, flops),
+            "steps": engine.stats().steps - steps,
+            "step ms p50": engine.stats().step_ms_p50,
+            "took s": time.perf_counter() - began,
+        }
+        report["rows"].append(row)
+        print(json.dumps(row), flush=True)
+    report["compiled after start"] = engine.stats().compiled_after_start
+    report["memory GB"] = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
+    del bench, engine, runs
+    gc.collect()
+    if not options.no_plain:
+        report["plain"] = plain_rates(options.layers, [1, 8, 64, 256])
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "serve_offline.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
