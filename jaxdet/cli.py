@@ -22,6 +22,7 @@ from jaxdet.llm import LLM
 from jaxdet.models.registry import family_of
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.verify import verify as run_verify
+from jaxdet.verify.hlo import lint_step
 from jaxdet.verify.report import environment
 from pallas_kernels.backend import resolve
 
@@ -172,8 +173,16 @@ def verify(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the JSON report instead of the table.")
     ] = False,
+    hlo: Annotated[
+        bool, typer.Option("--hlo", help="Lint the compiled programs instead; writes no report.")
+    ] = False,
 ) -> None:
     """Certifies this machine: computes the same values in many ways and compares every bit."""
+    if hlo:
+        if as_json:
+            raise ValueError("json is the report of compared bits; leave out --json or --hlo")
+        _lint(model, dtype, backend)
+        return
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output {output} must be a file in a folder that exists")
     report = run_verify(model, dtype=dtype, backend=backend)
@@ -236,6 +245,14 @@ def main() -> None:
             raise
         _complain(f"{type(error).__name__}: {error} (unexpected; set JAXDET_TRACEBACK=1 to see where)")
         sys.exit(1)
+
+
+def _lint(model: str, dtype: str, backend: str | None) -> None:
+    llm = LLM(model, dtype=dtype, backend=backend, compile_at_start=True)
+    report = lint_step(llm.engine.step_fn)
+    Console().print(report.render())
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def _complain(error: Exception | str) -> None:

@@ -1,27 +1,31 @@
 """The lint passes the model's compiled step, and names what is planted into it."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
 from rich.console import Console
 
+from jaxdet.cli import main
+from jaxdet.engine.buckets import Bucket
+from jaxdet.llm import LLM
 from jaxdet.models.layers import Batch
-from jaxdet.testing import COMMON, FAMILIES, random_model
-from jaxdet.verify.hlo import Report, copies, dots, lint
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.testing import COMMON, FAMILIES, random_model, write_tiny_model
+from jaxdet.verify.hlo import Report, copies, dots, lint, lint_step
 from jaxdet.verify.hlo_module import Program
 from pallas_kernels.reduce import pin
 
 PAGES = 64
 BUCKETS = {
-    "decode 1": (1, 1, 1),
-    "decode 8": (8, 8, 1),
-    "prefill 128": (32, 1, 32),
-    "prefill 128": (128, 8, 128),
+    "decode 1": Bucket(1, 0, 0),
+    "decode 8": Bucket(8, 0, 0),
+    "prefill 128": Bucket(0, 128, 8),
+    "mixed 8 + 128": Bucket(8, 128, 8),
 }
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "vocab_size": 512}
 HERE = "tests/test_verify_hlo.py"
@@ -43,16 +47,17 @@ def lowered(
     def step(state, cache, batch, square, large):
         model = nnx.merge(graph, state)
         hidden, cache = model(batch, cache)
-        last = hidden.at[jnp.maximum(batch.query_start[1:] - 1, 0)].get(mode="promise_in_bounds")
+        last = hidden.at[batch.last_rows()].get(mode="promise_in_bounds")
         return model.logits(last), cache, plant and plant(pin(hidden), square, large)
 
-    def batch(tokens, sequences, longest):
-        sizes = (tokens,), (tokens,), (tokens,), (sequences, 4), (sequences + 1,), (sequences,)
-        return Batch(*(np.zeros(size, np.int32) for size in sizes), longest)
+    def batch(bucket):
+        tokens, sequences = bucket.rows + bucket.tokens, bucket.rows + bucket.seqs
+        shapes = (tokens,), (tokens,), (tokens,), (sequences, 4), (bucket.seqs + 1,), (sequences,)
+        return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes), bucket.rows)
 
     lower = functools.partial(step.trace, state, cache)
     platforms = {"lowering_platforms": (platform,)} if platform else {}
-    return {name: lower(batch(*BUCKETS[name]), *arguments).lower(**platforms) for name in buckets}
+    return {name: lower(batch(BUCKETS[name]), *arguments).lower(**platforms) for name in buckets}
 
 
 def compiled(*args, **kwargs):
@@ -235,3 +240,40 @@ def test_the_report_names_programs_and_findings():
 def test_refuses_what_is_no_hlo():
     with pytest.raises(ValueError, match="as_text"):
         lint({"one": "module @jit_f {}"}, "xla")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
+
+
+def test_every_program_that_the_engine_ran_is_clean(tiny):
+    llm = LLM(tiny, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256)
+    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1, max_tokens=4, prompt_logprobs=1)
+    llm.generate(["a prompt", "another one"], params, use_tqdm=False)
+    report = lint_step(llm.engine.step_fn)
+    assert report.ok, said(report)
+    assert {name.split()[0] for name in report.programs} >= {"model", "draw", "adjust", "score"}
+
+
+def test_the_command_lints_what_it_compiles(tiny, monkeypatch, capsys):
+    """With few buckets, for time's sake; then with a plain sum in the place of a kernel's."""
+    monkeypatch.setattr("jaxdet.engine.buckets.Buckets.all", lambda _: [Bucket(1, 0, 0), Bucket(8, 32, 8)])
+    monkeypatch.setattr(sys, "argv", ["jaxdet", "verify", str(tiny), "--hlo"])
+
+    def run():
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, " ".join(capsys.readouterr().out.split())
+
+    code, shown = run()
+    assert code == 0 and "clean: " in shown, shown
+    jax.clear_caches()
+    monkeypatch.setattr("pallas_kernels.rms_norm.xla.row_sum", lambda x: jnp.sum(x, axis=1, keepdims=True))
+    code, shown = run()
+    jax.clear_caches()
+    assert code == 1 and "reduces floats" in shown, shown
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and "leave out --json or --hlo" in capsys.readouterr().err

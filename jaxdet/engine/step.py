@@ -6,6 +6,7 @@ for: kept apart, their variants add up instead of multiplying.
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -130,6 +131,11 @@ class Step:
         nothing = jnp.zeros(1, jnp.int32)
         hidden, _, cache = self.run(cache, nothing, jnp.full(batch.tokens.shape, -1, jnp.int32), batch)
         return self._call("logits", hidden.shape, self._weights, hidden), cache
+
+    @property
+    def programs(self) -> Mapping[tuple[str, Any], jax.stages.Compiled]:
+        """What is compiled so far, by function and by what tells its programs apart."""
+        return self._programs
 
     @property
     def compiled(self) -> int:

@@ -16,6 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxdet.engine.step import Step
 from jaxdet.verify.hlo_module import REDUCTIONS, Computation, Op, Program
 from pallas_kernels.backend import rows_are_free
 from pallas_kernels.matmul.xla import BLOCKED_MAX_ROWS
@@ -278,3 +279,16 @@ def lint(programs: Mapping[str, Compiled | str], backend: str, *, at_least: int 
             moves = (f for f in moves if not XLA_KERNEL.match(f.op.source))
         findings += [(name, finding) for finding in (*order, *moves, *place)]
     return Report(read, [*findings, *(misshapen(read) if backend == "xla" else ())])
+
+
+def lint_step(step: Step) -> Report:
+    """Checks every program that `step` has compiled so far, each function's buckets together."""
+    functions: dict[str, dict[str, Compiled]] = {}
+    for (function, key), program in step.programs.items():
+        functions.setdefault(function, {})[f"{function} {key}"] = program
+    report = Report({}, [])
+    for programs in functions.values():
+        found = lint(programs, step.backend)
+        report.programs |= found.programs
+        report.findings += found.findings
+    return report
