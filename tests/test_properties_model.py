@@ -59,7 +59,7 @@ def answers(llm, batch) -> list[bytes]:
 
 
 def forget(llm) -> None:
-    llm.engine.pool.forget_all()
+    llm.engine.pool.clear()
 
 
 @settings

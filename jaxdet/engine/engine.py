@@ -125,7 +125,7 @@ class Engine:
         self._arrivals = itertools.count()
         self._flights: collections.deque[Flight] = collections.deque()
         self._counters = Counters()
-        self._compiled_at_start = self.step_fn.compiled
+        self._compiled_at_start = self._compiled
 
     def _make_drafter(self, drafter: DecoderLM | str | None) -> Drafter | None:
         if drafter is None:
@@ -278,7 +278,13 @@ class Engine:
         if isinstance(self._drafter, ModelDrafter):
             steps.append(self._drafter.programs)
         compile_all(steps, self.buckets, self._table, progress=progress)
-        self._compiled_at_start = self.step_fn.compiled
+        self._compiled_at_start = self._compiled
+
+    @property
+    def _compiled(self) -> int:
+        """Programs compiled so far, the drafter's included."""
+        drafter = self._drafter.programs[0].compiled if isinstance(self._drafter, ModelDrafter) else 0
+        return self.step_fn.compiled + drafter
 
     def stats(self) -> EngineStats:
         """Tallies and rates; cheap enough to ask for at every step."""
@@ -298,8 +304,8 @@ class Engine:
             accepted_tokens=c.accepted_tokens,
             pages=self.pool.num_pages - 1,
             pages_in_use=self.pool.num_pages - 1 - self.pool.available,
-            compiled_programs=self.step_fn.compiled,
-            compiled_after_start=self.step_fn.compiled - self._compiled_at_start,
+            compiled_programs=self._compiled,
+            compiled_after_start=self._compiled - self._compiled_at_start,
             **c.rates(),
         )
 
@@ -353,7 +359,10 @@ class Engine:
 
     def _collect(self, flight: Flight) -> list[Sequence]:
         """Waits for a step's results and gives every sequence its own."""
-        plan, bucket, out = flight.plan, flight.bucket, jax.device_get(flight.out)
+        plan, bucket = flight.plan, flight.bucket
+        if all(part.sequence.finish_reason is not None for part in plan):
+            return []
+        out = jax.device_get(flight.out)
         changed, tokens = [], 0
         for part, first in arrays.starts(plan, bucket):
             if part.sequence.finish_reason is None and out.prompt_logprobs is not None:

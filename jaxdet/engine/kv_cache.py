@@ -40,8 +40,13 @@ class PagePool:
     def __init__(self, num_pages: int, salt: str, caching: bool):
         self.caching, self.num_pages = caching, num_pages
         self.root = hashlib.sha256(f"{NUMERICS_VERSION}/{salt}".encode()).digest()
-        self._free: OrderedDict[int, None] = OrderedDict((p, None) for p in range(TRASH_PAGE + 1, num_pages))
-        self._users = np.zeros(num_pages, np.int32)
+        self.clear()
+
+    def clear(self) -> None:
+        """All pages are free and hold nothing."""
+        pages = range(TRASH_PAGE + 1, self.num_pages)
+        self._free: OrderedDict[int, None] = OrderedDict((page, None) for page in pages)
+        self._users = np.zeros(self.num_pages, np.int32)
         self._page_of: dict[bytes, int] = {}
         self._keys_of: dict[int, list[bytes]] = defaultdict(list)
 
@@ -102,11 +107,6 @@ class PagePool:
             self._users[page] -= 1
             if self._users[page] == 0:
                 self._free[page] = None
-
-    def forget_all(self) -> None:
-        """No prefix is known any more."""
-        self._page_of.clear()
-        self._keys_of.clear()
 
     def _take(self, page: int) -> None:
         self._free.pop(page, None)

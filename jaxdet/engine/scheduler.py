@@ -95,6 +95,9 @@ class Scheduler:
                 continue
             if sequence.pending == 1:
                 guesses = (drafts or {}).get(sequence, [])
+                # Nobody gives up a page for a guess.
+                room = (len(sequence.pages) + self.pool.available) * PAGE_SIZE - sequence.length
+                guesses = guesses[: max(room, 0)]
                 if self._make_room(sequence, sequence.length + len(guesses)):
                     plan.rows.append(Part(sequence, sequence.computed, 1 + len(guesses), guesses, True))
             elif budget and len(plan.chunks) < self.max_prefill_seqs:
@@ -136,13 +139,17 @@ class Scheduler:
             self._keep(sequence, len(prefix.pages), prefix.tail)
 
     def restart(self) -> None:
-        """After a failed step: no cached page is trusted and every running sequence starts over from its tokens."""
-        for sequence in [*self.running, *self.waiting]:
+        """After a step that failed, maybe in the midst of bookkeeping: everybody starts over from their tokens."""
+        everyone = dict.fromkeys([*self.running, *self.waiting])
+        self.running, self.waiting = [], []
+        self._slots, self._promised = list(reversed(range(self.max_num_seqs))), {}
+        self.pool.clear()
+        for sequence in everyone:
+            sequence.pages, sequence.hashes, sequence.computed, sequence.slot = [], [], 0, -1
             sequence.in_flight = 0
             del sequence.logprobs[sequence.num_output :], sequence.logits[sequence.num_output :]
-        while self.running:
-            self._preempt(self.running[-1])
-        self.pool.forget_all()
+            if sequence.finish_reason is None:
+                self.add(sequence)
 
     def _admit(self, plan: Plan) -> list[int]:
         """Lets waiting sequences in; returns pages that must live until they are copied."""
@@ -173,8 +180,8 @@ class Scheduler:
             sequence.pages = pages + own
             if not sequence.num_output:
                 sequence.cached = sequence.computed
-            self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=_order)
+            self.waiting.remove(sequence)
             sequence.slot = self._slots.pop()
             if shared:
                 for key in sequence.prefix.keys:
@@ -222,9 +229,9 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Frees the sequence's pages; it starts over from its tokens later, to the same bits."""
         self.preemptions += 1
+        self.add(sequence)
         self.running.remove(sequence)
         self._leave(sequence)
-        self.add(sequence)
 
 
 def _order(sequence: Sequence) -> int:
