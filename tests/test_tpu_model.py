@@ -60,7 +60,8 @@ class Runner:
         starts = np.cumsum([0, *counts[rows:]], dtype=np.int32)
         lens = np.asarray([begin + len(own) for own, begin, _ in work], np.int32)
         tables = np.asarray([table for *_, table in work], np.int32)
-        batch = Batch(ids, positions, slots, tables, starts, lens, rows=rows)
+        prompts = tables[rows:], starts, lens[rows:]
+        batch = Batch(ids, positions, slots, tables[:rows], lens[:rows], *prompts)
         logits, cache = self.forward(batch, cache)
         return np.split(bits(logits), np.cumsum(counts)), cache
 

@@ -51,9 +51,9 @@ def lowered(
         return model.logits(last), cache, plant and plant(pin(hidden), square, large)
 
     def batch(bucket):
-        tokens, sequences = bucket.rows + bucket.tokens, bucket.rows + bucket.seqs
-        shapes = (tokens,), (tokens,), (tokens,), (sequences, 4), (bucket.seqs + 1,), (sequences,)
-        return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes), bucket.rows)
+        tokens, rows, seqs = (bucket.rows + bucket.tokens,), bucket.rows, bucket.seqs
+        shapes = tokens, tokens, tokens, (rows, 4), (rows,), (seqs, 4), (seqs + 1,), (seqs,)
+        return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
 
     lower = functools.partial(step.trace, state, cache)
     platforms = {"lowering_platforms": (platform,)} if platform else {}

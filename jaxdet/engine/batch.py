@@ -64,7 +64,9 @@ def model_batch(plan: Plan, bucket: Bucket, table: int) -> tuple[Batch, np.ndarr
         tokens = [_tokens(part) for part in parts]
         ids[here] = [token for known in tokens for token, _ in known]
         feed[here] = [slot for known in tokens for _, slot in known]
-    return Batch(ids, positions, slots, tables, query_start, lens, rows), feed
+    return Batch(
+        ids, positions, slots, tables[:rows], lens[:rows], tables[rows:], query_start, lens[rows:]
+    ), feed
 
 
 def _tokens(part: Part) -> list[tuple[int, int]]:

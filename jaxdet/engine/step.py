@@ -96,7 +96,13 @@ class Step:
             Normalised hidden states of every token, float32 logits of the batch's last rows (every decoding row,
             then the last token of every prompt), and the cache with this step's keys and values.
         """
-        key = batch.rows, batch.tokens.shape, batch.tables.shape, cache[0][0].shape, last_tokens.shape
+        key = (
+            batch.tokens.shape,
+            batch.row_tables.shape,
+            batch.tables.shape,
+            cache[0][0].shape,
+            last_tokens.shape,
+        )
         return self._call("model", key, self._weights, cache, last_tokens, feed, batch)
 
     def draw(

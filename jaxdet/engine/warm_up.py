@@ -74,9 +74,9 @@ def _jobs(
 
 def _batch(bucket: Bucket, table: int) -> Batch:
     ints = lambda *shape: _shape(shape, jnp.int32)  # noqa: E731
-    tokens, sequences = ints(bucket.rows + bucket.tokens), bucket.rows + bucket.seqs
-    starts, lens = ints(bucket.seqs + 1), ints(sequences)
-    return Batch(tokens, tokens, tokens, ints(sequences, table), starts, lens, bucket.rows)
+    tokens, rows, seqs = ints(bucket.rows + bucket.tokens), bucket.rows, bucket.seqs
+    prompts = ints(seqs, table), ints(seqs + 1), ints(seqs)
+    return Batch(tokens, tokens, tokens, ints(rows, table), ints(rows), *prompts)
 
 
 def _sampling_rows(size: int) -> SamplingRows:

@@ -27,32 +27,49 @@ KVCache = list[tuple[jax.Array, jax.Array]]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "slots", "tables", "query_start", "seq_lens"],
-    meta_fields=["rows"],
+    data_fields=[
+        "tokens",
+        "positions",
+        "slots",
+        "row_tables",
+        "row_lens",
+        "tables",
+        "query_start",
+        "seq_lens",
+    ],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The tokens of one step: `rows` of them are queries of their own, then come the prompts of S sequences.
+    """The tokens of one step: R rows that are queries of their own, then the prompts of S sequences.
 
     The rows are decoding sequences, or several tokens of one (drafts): each sees the cache up to its own position.
+    Rows and prompts have arrays of their own: a kernel cannot take a slice that begins anywhere.
     """
 
     tokens: Int[HostOrDevice, " T"]
     positions: Int[HostOrDevice, " T"]
     slots: Int[HostOrDevice, " T"]
     """Where each token's key and value go: page · PAGE_SIZE + offset; padding goes to the trash page."""
-    tables: Int[HostOrDevice, "rows+S pages"]
-    """Page numbers of every row's sequence, then of every prompt's."""
+    row_tables: Int[HostOrDevice, "R pages"]
+    """Page numbers of every row's sequence, in order."""
+    row_lens: Int[HostOrDevice, " R"]
+    """Keys that each row sees, its own included."""
+    tables: Int[HostOrDevice, "S pages"]
+    """Page numbers of every prompt."""
     query_start: Int[HostOrDevice, " S+1"]
-    """Where each prompt starts, counted from the first prompt token; the last entry is their number."""
-    seq_lens: Int[HostOrDevice, " rows+S"]
-    """Keys that each row, or the last token of each prompt, may see."""
-    rows: int
+    """Where each prompt's tokens start, counted from the first after the rows; the last entry is their number."""
+    seq_lens: Int[HostOrDevice, " S"]
+    """Keys that the last token of each prompt sees."""
+
+    @property
+    def rows(self) -> int:
+        return self.row_lens.shape[0]
 
     def with_tokens(self, tokens: Int[Array, " T"]) -> "Batch":
         return dataclasses.replace(self, tokens=tokens)
 
-    def last_rows(self) -> Int[Array, " rows+S"]:
+    def last_rows(self) -> Int[Array, " R+S"]:
         """The tokens after which something may be sampled: every row, and the last of every prompt."""
         ends = self.rows + jnp.maximum(self.query_start[1:] - 1, 0)
         return jnp.concatenate([jnp.arange(self.rows, dtype=jnp.int32), ends])
@@ -130,9 +147,9 @@ class Attention(nnx.Module):
                     q[:rows],
                     k_pages,
                     v_pages,
-                    batch.tables[:rows],
+                    batch.row_tables,
                     starts,
-                    batch.seq_lens[:rows],
+                    batch.row_lens,
                     max_query_len=1,
                 )
             )
@@ -142,9 +159,9 @@ class Attention(nnx.Module):
                     q[rows:],
                     k_pages,
                     v_pages,
-                    batch.tables[rows:],
+                    batch.tables,
                     batch.query_start,
-                    batch.seq_lens[rows:],
+                    batch.seq_lens,
                     max_query_len=prompt_tokens,
                 )
             )
