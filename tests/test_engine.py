@@ -1,142 +1,42 @@
 """A request's tokens, log-probabilities and logits are the same bits alone and in any company, path and place."""
 
 import copy
-import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_runs import (
+    MAX_LEN,
+    PAGES,
+    REQUESTS,
+    Answer,
+    Request,
+    alone,
+    answer,
+    bits,
+    compiled,
+    differing,
+    fill_cache,
+    finish,
+    model_of,
+    new_engine,
+    params,
+    run,
+    tokens,
+)
 
 import pallas_kernels.matmul.xla as matmul_xla
-from jaxdet.checkpoints import open_checkpoint
 from jaxdet.engine.digest import weights_digest
-from jaxdet.engine.engine import Engine
 from jaxdet.engine.step import Step
-from jaxdet.models.registry import build_model
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.testing import FAMILIES, VOCAB_SIZE, write_tiny_model
-
-MAX_LEN, PAGES, EOS = 384, 33, 256
-DEFAULTS = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": MAX_LEN, "num_pages": PAGES}
-
-
-class Request(NamedTuple):
-    prompt: list[int]
-    params: SamplingParams
-
-
-class Answer(NamedTuple):
-    """What must not change by a bit."""
-
-    tokens: np.ndarray
-    logits: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: str | None
-
-
-@functools.cache
-def model_of(folder, family, dtype, **config):
-    name = "-".join([family, dtype.__name__, *map(str, config.values())])
-    checkpoint = open_checkpoint(write_tiny_model(folder / name, family, **config))
-    return build_model(checkpoint, checkpoint.config, dtype=dtype, backend="xla", max_model_len=2048)
+from jaxdet.testing import FAMILIES
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return model_of(folder, "llama", jnp.float32)
-
-
-@functools.cache
-def compiled(model) -> Step:
-    """One set of compiled programs for all engines of a model."""
-    return Step(model)
-
-
-def new_engine(model, **changes) -> Engine:
-    engine = Engine(model, salt="", eos_token_ids=[EOS], keep_logits=True, **(DEFAULTS | changes))
-    engine.step_fn = compiled(model)
-    return engine
-
-
-def tokens(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, length).tolist()
-
-
-def params(seed: int, **fields) -> SamplingParams:
-    """Of many kinds; all report logprobs and have a bias, so that one set of programs serves most tests."""
-    kinds = (
-        {"temperature": 0},
-        {"temperature": 0.8, "seed": seed},
-        {"temperature": 1.3, "top_p": 0.7, "seed": 2**40 + seed},
-        {"temperature": 1.0, "top_k": 7, "min_p": 0.02},
-        {"temperature": 0.9, "frequency_penalty": 0.8, "presence_penalty": 0.3, "seed": seed},
-        {"temperature": 0.7, "logit_bias": {97: 3.0, 98: -100.0}, "ignore_eos": True},
-    )
-    shared = {"max_tokens": 5 + seed % 7, "logprobs": 3, "logit_bias": {97: 0.5}}
-    return SamplingParams(**(shared | kinds[seed % len(kinds)] | fields))
-
-
-REQUESTS = [
-    Request(tokens(i, length), params(i))
-    for i, length in enumerate((1, 3, 31, 40, 100, 122, 127, 128, 129, 150, 255, 260))
-]
-
-
-def answer(sequence) -> Answer:
-    count = sequence.num_output
-    logits = np.stack(sequence.logits) if count else np.zeros((0, VOCAB_SIZE), np.float32)
-    logprobs = np.array([e[0] for e in sequence.logprobs], np.float32)
-    return Answer(np.array(sequence.output, np.int64), logits, logprobs, sequence.finish_reason)
-
-
-def run(engine, requests) -> list[list[Answer]]:
-    """All requests at once; the answers of each. No page may be lost."""
-    queued = [engine.add(*request) for request in requests]
-    finish(engine)
-    return [[answer(s) for s in sequences] for sequences in queued]
-
-
-def finish(engine) -> None:
-    while engine.has_work:
-        engine.step()
-    assert engine.pool.available == engine.pool.num_pages - 1
-
-
-@functools.cache
-def _alone(model, index: int) -> list[Answer]:
-    return run(new_engine(model), [REQUESTS[index]])[0]
-
-
-def alone(model, indices=None) -> list[list[Answer]]:
-    """Each request in a fresh engine of its own."""
-    return [_alone(model, i) for i in (range(len(REQUESTS)) if indices is None else indices)]
-
-
-def bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
-
-
-def differing(found: list[list[Answer]], expected: list[list[Answer]]) -> int:
-    """How many values differ in their bits."""
-    count = 0
-    for mine, theirs in zip(found, expected, strict=True):
-        for a, b in zip(mine, theirs, strict=True):
-            count += a.finish_reason != b.finish_reason
-            for x, y in zip(a[:3], b[:3], strict=True):
-                count += x.size if x.shape != y.shape else np.count_nonzero(bits(x) != bits(y))
-    return int(count)
-
-
-def fill_cache(engine, value: float, pages=slice(None)) -> None:
-    engine._cache = [tuple(x.at[pages].set(value) for x in layer) for layer in engine._cache]
+def model():
+    return model_of()
 
 
 def test_mixed_batch(model):
@@ -407,7 +307,7 @@ def test_nobody_starves(model):
     assert first.finish_reason == "length"
 
 
-def test_prefix_hash_has_the_weights(model, folder):
+def test_prefix_hash_has_the_weights(model):
     """The digest of the weights sees one flipped bit, a swap and another dtype."""
     state = compiled(model).state
     digest = weights_digest(state)
@@ -421,7 +321,7 @@ def test_prefix_hash_has_the_weights(model, folder):
         assert weights_digest(jax.tree.unflatten(tree, changed)) != digest
     twisted = [leaves[0][..., ::-1], *leaves[1:]]
     assert weights_digest(jax.tree.unflatten(tree, twisted)) != digest
-    assert weights_digest(compiled(model_of(folder, "llama", jnp.bfloat16)).state) != digest
+    assert weights_digest(compiled(model_of(dtype=jnp.bfloat16)).state) != digest
 
 
 def test_control_one_weight_bit(model):
@@ -437,9 +337,9 @@ def test_control_one_weight_bit(model):
     assert differing([run(engine, [REQUESTS[4]])[0]], alone(model, [4])) > 0
 
 
-def test_control_plain_matmul(folder, monkeypatch):
+def test_control_plain_matmul(monkeypatch):
     """Negative control: with `jnp.dot` in the place of our product, company shows."""
-    model = model_of(folder, "llama", jnp.float32, hidden_size=576, num_hidden_layers=1)
+    model = model_of(hidden_size=576, num_hidden_layers=1)
 
     def plain(x, w, n):
         if matmul_xla.rows_are_free():
@@ -461,8 +361,8 @@ def test_control_plain_matmul(folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), zip(FAMILIES, itertools.cycle([jnp.float32, jnp.bfloat16])))
-def test_64_sequences_of_every_family(folder, family, dtype):
-    model = model_of(folder, family, dtype)
+def test_64_sequences_of_every_family(family, dtype):
+    model = model_of(family, dtype)
     requests = [Request(tokens(i, 1 + (i * 37) % 290), params(i, max_tokens=4 + i % 13)) for i in range(80)]
     expected = [run(new_engine(model), [request])[0] for request in requests]
     config = {"max_num_seqs": 64, "max_num_batched_tokens": 256}
