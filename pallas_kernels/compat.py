@@ -3,25 +3,37 @@
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith as mlir_arith
 from jax._src.lib.mlir.dialects import math as mlir_math
+from jax._src.lib.mlir.dialects import memref as mlir_memref
+from jax._src.lib.mlir.dialects import scf as mlir_scf
+from jax._src.lib.mlir.dialects import vector as mlir_vector
 from jax.experimental import pallas as pl
 from jax.experimental.compilation_cache.compilation_cache import reset_cache as reset_compilation_cache
+from jax.experimental.mosaic.gpu import fragmented_array as mgpu_arrays
+from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 __all__ = [
     "add_rounded",
+    "count_up",
     "fused_multiply_add",
     "gpu_interpreter",
     "interpreting",
     "kernel_in_place",
+    "load_part",
     "pl",
     "plgpu",
     "pltpu",
     "reduce_columns",
     "require_hopper",
     "reset_compilation_cache",
+    "store_part",
     "tpu_interpreter",
 ]
 
@@ -57,14 +69,10 @@ def require_hopper(op: str) -> None:
         )
 
 
-def kernel_in_place(body, *, out_type, scratch_types, grid, grid_names):
+def kernel_in_place(body, *, kernel_name, out_type, grid, grid_names):
     """`plgpu.kernel` of one warpgroup a CTA whose inputs may be `jax.Ref`s that it writes, which that one refuses."""
-
-    def scoped(*refs):
-        pl.run_scoped(functools.partial(body, *refs), *scratch_types, collective_axes=())
-
-    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names)
-    return pl.kernel(scoped, out_type=out_type, mesh=mesh)
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, kernel_name=kernel_name)
+    return pl.kernel(body, out_type=out_type, mesh=mesh, name=kernel_name)
 
 
 def fused_multiply_add(a, b, c, layout):
@@ -82,10 +90,93 @@ def fused_multiply_add(a, b, c, layout):
     return fma(a, b, c)
 
 
+def store_part(x, layout, ref, *ranges):
+    """Writes rows (and columns) x[start : start + size], a (start, size) each, to `ref` in device memory.
+
+    Inside a Mosaic GPU kernel, for parts that no copy through shared memory takes; `ref` has the part's shape.
+    """
+    if interpreting():
+        ref[...] = x[tuple(slice(start, start + size) for start, size in ranges)]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def store(_, array, target):
+        for at, values in zip(array.layout.thread_idxs(array.shape), array.registers.flat, strict=True):
+            at, inside = _within(at, ranges)
+            with mgpu.when(inside):
+                mlir_vector.store(values, target, at)
+
+    store(x, ref)
+
+
+def load_part(ref, shape, layout):
+    """`ref` in device memory as the first rows of an array of `shape`; the others are zero. Like `store_part`."""
+    if interpreting():
+        x = ref[...]
+        return lax.pad(
+            x, jnp.zeros((), x.dtype), [(0, shape[0] - x.shape[0], 0)] + [(0, 0, 0)] * (x.ndim - 1)
+        )
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout)
+    )
+    def load(_, source):
+        tiled, element = layout.to_mgpu(), source.type.element_type
+        kind, registers = tiled.registers_element_type(element), []
+        for at in tiled.thread_idxs(shape):
+            at, inside = _within(at, ((0, ref.shape[0]),))
+            choice = mlir_scf.IfOp(inside, [kind], has_else=True)
+            with ir.InsertionPoint(choice.then_block):
+                mlir_scf.yield_([mlir_vector.load(kind, source, at)])
+            with ir.InsertionPoint(choice.else_block):
+                zero = ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(element, 0.0))
+                mlir_scf.yield_([mlir_arith.constant(kind, zero)])
+            registers.append(choice.results[0])
+        array = np.array(registers, dtype=object).reshape(tiled.registers_shape(shape))
+        return mgpu_arrays.FragmentedArray(_registers=array, _layout=tiled, _is_signed=None)
+
+    return load(ref)
+
+
+def _within(at, ranges):
+    """The index `at` less the starts of `ranges`, and whether it is inside them; one unsigned comparison a range."""
+    index, moved, inside = ir.IndexType.get(), list(at), []
+    for axis, (start, size) in enumerate(ranges):
+        moved[axis] = mlir_arith.subi(at[axis], mlir_arith.constant(index, start)) if start else at[axis]
+        less = mlir_arith.CmpIPredicate.ult
+        inside.append(mlir_arith.cmpi(less, moved[axis], mlir_arith.constant(index, size)))
+    return moved, functools.reduce(mlir_arith.andi, inside)
+
+
+def count_up(counter, seen) -> None:
+    """Adds one to `counter` [1] in device memory, after all that this CTA wrote; `seen` [1] becomes what it was.
+
+    A CTA that sees the others' counts may read what they wrote before.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def add(_, counter, seen):
+        i32 = ir.IntegerType.get_signless(32)
+        zero = mlir_arith.constant(ir.IndexType.get(), 0)
+        mgpu.warpgroup_barrier()
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            old = mgpu.inline_ptx(
+                "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;",
+                mgpu.memref_ptr(counter),
+                mgpu.c(1, i32),
+                result_types=i32,
+                has_side_effects=True,
+            )
+            mlir_memref.store(old, seen, [zero])
+        mgpu.warpgroup_barrier()
+
+    add(counter, seen)
+
+
 def add_rounded(a, b, layout):
     """a + b, inside a Mosaic GPU kernel; Mosaic's own sum lets the compiler fuse a product in a or b into it."""
     if interpreting():
-        a, b = jax.lax.optimization_barrier((a, b))
+        a, b = lax.optimization_barrier((a, b))
         return a + b
 
     @plgpu.inline_mgpu(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.attention import decode_sm90
 from pallas_kernels.attention import mosaic_gpu_sm90 as kernel
 from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.rms_norm import mosaic_gpu_sm90 as norm
@@ -108,6 +109,27 @@ def test_interpreted_decode_chunk_and_prefill_agree(head_dim, length, option):
     exact = np.stack([sequence.exact(i, option.get("window")) for i in at])
     error = np.linalg.norm(decoded.view(jnp.bfloat16).astype(np.float64) - exact) / np.linalg.norm(exact)
     assert error < 5e-3
+
+
+@pytest.mark.interpret
+def test_interpreted_decode_of_whole_sequences_and_of_segments_agree(monkeypatch):
+    sequence, at = Sequence(530, 3, 1, 64), np.array([529, 2, 511, 512])
+    call = lambda: sequence.run(sequence.q[at], at + 1, [1] * len(at), 1)  # noqa: E731
+    merged_later = _decode_traced_anew(call)
+    monkeypatch.setattr(decode_sm90, "CTAS", 1)
+    monkeypatch.setattr(decode_sm90, "SHARE", 1)
+    np.testing.assert_array_equal(_decode_traced_anew(call), merged_later)
+    monkeypatch.setattr(decode_sm90.softmax, "merge", lambda *state: state[3:6])
+    assert (_decode_traced_anew(call) != merged_later).any(), "a merge that forgets is seen"
+
+
+def _decode_traced_anew(call):
+    for kernel_of in (decode_sm90._kernel, decode_sm90._merge_kernel):
+        kernel_of.cache_clear()
+    with gpu_interpreter():
+        out = call()
+    decode_sm90._kernel.cache_clear()
+    return out
 
 
 @pytest.mark.interpret

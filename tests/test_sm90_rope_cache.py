@@ -34,7 +34,9 @@ def _run(op, qkv, k_pages, v_pages, table, positions, slots, norms, q_heads=Q_HE
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("head_dim", "heads"), [(96, (8, 8)), (128, (8, 8)), (128, (32, 8))])
+@pytest.mark.parametrize(
+    ("head_dim", "heads"), [(64, (9, 3)), (96, (8, 8)), (128, (28, 4)), (128, (32, 8)), (256, (4, 1))]
+)
 def test_without_norm_every_bit_is_the_xla_backends(head_dim, heads):
     *operands, _ = _operands(3, head_dim, *heads)
     with gpu_interpreter():
@@ -72,11 +74,12 @@ def test_a_token_depends_on_itself_alone():
 
 
 @pytest.mark.interpret
-def test_norm_and_rotation_are_close_to_float64():
-    qkv, k_pages, v_pages, table, positions, slots, norms = _operands(2, 128)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_norm_and_rotation_are_close_to_float64(head_dim):
+    qkv, k_pages, v_pages, table, positions, slots, norms = _operands(2, head_dim)
     with gpu_interpreter():
         got = _run(kernel.rope_cache, qkv, k_pages, v_pages, table, positions, slots, norms)[0]
-    x = np.asarray(qkv, np.float64).reshape(2, -1, 128)[:, :Q_HEADS]
+    x = np.asarray(qkv, np.float64).reshape(2, -1, head_dim)[:, :Q_HEADS]
     x = x / np.sqrt((x**2).mean(axis=2, keepdims=True) + 1e-6) * np.asarray(norms[0], np.float64)
     cos, sin = np.split(np.asarray(table, np.float64)[np.asarray(positions)][:, None], 2, axis=2)
     a, b = np.split(x, 2, axis=2)
@@ -85,27 +88,21 @@ def test_norm_and_rotation_are_close_to_float64():
     assert error < 3e-3
 
 
-@pytest.mark.parametrize(("head_dim", "normed"), [(96, False), (128, False), (128, True)])
-def test_rope_cache_lowers_for_cuda(head_dim, normed):
-    *operands, norms = _operands(3, head_dim, 32, 8)
+@pytest.mark.parametrize("heads", [(32, 8), (9, 3), (2, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_cache_lowers_for_cuda(head_dim, heads, normed):
+    *operands, norms = _operands(3, head_dim, *heads)
     q_norm, k_norm = norms if normed else (None, None)
-    call = functools.partial(kernel.rope_cache, num_q_heads=32, num_kv_heads=8, eps=1e-6)
+    call = functools.partial(kernel.rope_cache, num_q_heads=heads[0], num_kv_heads=heads[1], eps=1e-6)
     call = jax.jit(functools.partial(call, q_norm=q_norm, k_norm=k_norm), donate_argnums=(1, 2))
     lowered = call.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("output_operand_alias") >= 2, "the cache is written in place"
 
 
-@pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (128, (16, 2)), (256, (4, 1)), (128, (28, 4))])
-def test_other_shapes_run_xlas_program(head_dim, heads):
-    *operands, norms = _operands(2, head_dim, *heads)
-    assert not kernel.supports(head_dim, *heads, normed=True)
-    got = _run(kernel.rope_cache, *operands, norms, *heads)
-    for ours, theirs in zip(got, _run(xla.rope_cache, *operands, norms, *heads), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_what_it_cannot_do_names_the_backend_that_can():
-    *operands, norms = _operands(1, 64)
-    operands[0] = operands[0].astype(jnp.float32)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(jnp.float32, 64), (jnp.bfloat16, 80)])
+def test_what_it_cannot_do_names_the_backend_that_can(dtype, head_dim):
+    *operands, norms = _operands(1, head_dim)
+    operands[:3] = (x.astype(dtype) for x in operands[:3])
     with pytest.raises(ValueError, match="use backend='xla'"):
         _run(kernel.rope_cache, *operands, norms)

@@ -1,8 +1,10 @@
-"""Decode attention on Hopper: one query a sequence, segments spread over the SMs, then merged in order.
+"""Decode attention on Hopper: one query a sequence, its keys walked by one CTA or, segment by segment, by several.
 
-A one-warpgroup CTA walks over (segment, KV head) items; the rows of its tile are the query heads of the
-group. Keys and values share a ring of tiles. How many CTAs there are and how items fall on them touches no
-bit.
+A one-warpgroup CTA takes (item, KV head) pairs from a list; the rows of its tile are the query heads of the group. An
+item is a whole sequence, whose segments the CTA merges as it goes, or, where a sequence is long for the load at hand,
+one segment: its (acc, m, l) goes to memory, and whichever CTA is the last to hand one in merges all of the sequence's,
+in ascending order. Both give the same bits: who merges is up to the load, in which order never is. Keys and values
+share a ring of tiles that runs on from one item to the next, so that loads never wait for an item's end.
 """
 
 import functools
@@ -13,114 +15,130 @@ from jax import lax
 
 from pallas_kernels.attention import online_softmax_sm90 as softmax
 from pallas_kernels.attention.segments_sm90 import BLOCK, SEGMENT
-from pallas_kernels.compat import interpreting, pl, plgpu
+from pallas_kernels.compat import count_up, interpreting, pl, plgpu, store_part
 
+LAYOUTS = softmax.TILE, softmax.ROW, softmax.ROW
 SMS = 132
-SEGMENTS_PER_LOAD = 16
-RING = {64: 3, 96: 3, 128: 3, 256: 3}
+CTAS = 2 * SMS
+CHUNK = 32
+"""Of a sequence's last block only chunks of so many keys that hold one are loaded."""
+RING = 3
+"""Tiles of keys or values in flight: those of a block and a half."""
+MOST_WALKED = 128
+"""The widest head whose merged and current results both fit the registers; wider ones go segment by segment."""
+SHARE = 4
+"""A sequence of at most 1 / SHARE of what a CTA has to do is one item."""
+AT_ONCE = 8
+"""Segments whose results are read before the first of them is merged."""
+MERGED_ROWS = 4
+FIELDS = 7
+"""Of an item: sequence, first block, end block, length, segment (−1 for all), its sequence's first and end segment."""
 
 
 def decode(q, k_pages, v_pages, tables, lens, *, scale, window, soft_cap):
-    """q [S, Hq, D] → [S, Hq, D]; sequences of length 0 give zeros."""
+    """q [S, Hq, D] → [S, Hq, D]; rows of sequences of length 0 are not written."""
     sequences, heads, dim = q.shape
     kv_heads, page = k_pages.shape[1:3]
-    group = heads // kv_heads
-    rows = -(-group // 8) * 8
-    if rows != group:
-        q = q.reshape(sequences, kv_heads, group, dim)
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - group), (0, 0))).reshape(sequences, -1, dim)
     segments = -(-tables.shape[1] * page // SEGMENT)
-    per_load = min(SEGMENTS_PER_LOAD, segments)
-    segments = -(-segments // per_load) * per_load
-    shape = sequences, heads, kv_heads, group, rows, dim, page, segments
-    first = jnp.zeros_like(lens) if window is None else jnp.maximum(lens - window, 0) // SEGMENT
-    items, count = _items(tables, lens, first, segments, page, BLOCK[dim], window)
+    shape = sequences, kv_heads, heads // kv_heads, dim, page, segments
+    items, count, (whole, *ranges) = _items(lens, shape, window)
+    q = q.reshape(sequences, kv_heads, -1, dim)
     k_pages, v_pages = (p.reshape(*p.shape[:2], -1, BLOCK[dim], dim) for p in (k_pages, v_pages))
-    partial = _partial(shape, q.dtype, scale, window, soft_cap, interpreting())
-    parts = partial(q, k_pages, v_pages, items, count)
-    return _merge(shape, q.dtype, per_load, interpreting())(*parts, lens, first)
+    # Counts arrivals at (sequence, KV head); the kernel leaves it as it was.
+    arrived = [jnp.zeros((sequences, kv_heads), jnp.int32)] if segments > 1 else []
+    call = _kernel(shape, q.dtype, scale, window, soft_cap, interpreting())
+    out, *parts = call(q, k_pages, v_pages, tables, lens, items, count, *arrived)
+    if interpreting() and parts:  # without atomic operations, a launch of its own merges
+        merged = _merge_kernel(shape, q.dtype)(*parts, *ranges)
+        out = jnp.where(whole[:, None, None, None], out, merged)
+    return out.reshape(sequences, heads, dim)
 
 
-def _items(tables, lens, first, segments, page, keys, window):
-    """What a CTA must know of each segment that exists, in order of sequence, and how many there are.
-
-    One row of int32: sequence, segment, length, first block, the pages of the first two blocks, then of all; so that
-    a single read stands between a CTA and its first keys.
-    """
-    sequences = lens.shape[0]
-    ends = jnp.cumsum(-(-lens // SEGMENT) - first).astype(jnp.int32)
+def _items(lens, shape, window):
+    """Items [S · segments, FIELDS] by sequence, their number, and each sequence's (whole, first, end segment)."""
+    sequences, kv_heads, _, dim, _, segments = shape
+    keys = BLOCK[dim]
+    first = jnp.zeros_like(lens) if window is None else jnp.maximum(lens - window, 0) // SEGMENT
+    end = -(-lens // SEGMENT)
+    most = jnp.sum(end - first) * kv_heads // (SHARE * CTAS) if dim <= MOST_WALKED else 1
+    whole = end - first <= jnp.maximum(most, 1)
+    ends = jnp.cumsum(jnp.where(whole, jnp.minimum(end - first, 1), end - first)).astype(jnp.int32)
     item = jnp.arange(sequences * segments, dtype=jnp.int32)
     owner = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
     owner = jnp.minimum(owner, sequences - 1)
     begin = jnp.where(owner > 0, ends[jnp.maximum(owner - 1, 0)], 0)
-    segment = jnp.minimum(item - begin + first[owner], segments - 1)
-    length = lens[owner]
-    low = jnp.zeros_like(length)
+    length, alone, low, high = lens[owner], whole[owner], first[owner], end[owner]
+    segment = jnp.minimum(item - begin + low, segments - 1)
+    start = jnp.where(alone, low, segment) * (SEGMENT // keys)
     if window is not None:
-        low = jnp.maximum(length - window - segment * SEGMENT, 0) // keys
-    blocks = jnp.concatenate(
-        [low[:, None] + jnp.arange(2), jnp.tile(jnp.arange(SEGMENT // keys), (item.size, 1))], 1
-    )
-    index = (segment[:, None] * SEGMENT + blocks * keys) // page
-    pages = tables.at[owner[:, None], jnp.minimum(index, tables.shape[1] - 1)].get(mode="promise_in_bounds")
-    head = jnp.stack([owner, segment, length, low], axis=1)
-    return jnp.concatenate([head, pages], axis=1).astype(jnp.int32), ends[-1:]
+        start = jnp.maximum(start, (length - window) // keys)
+    stop = jnp.minimum(jnp.where(alone, high, segment + 1) * (SEGMENT // keys), -(-length // keys))
+    fields = owner, start, stop, length, jnp.where(alone, -1, segment), low, high
+    return jnp.stack(fields, axis=1).astype(jnp.int32), ends[-1:], (whole, first, end)
 
 
 @functools.cache
-def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
-    sequences, _, kv_heads, _, rows, dim, page, segments = shape
-    keys, ring = BLOCK[dim], RING[dim]
-    per_page = page // keys
-    per_segment = SEGMENT // keys
-    ctas = min(2 * SMS, sequences * segments * kv_heads)
+def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
+    sequences, kv_heads, group, dim, page, segments = shape
+    split, walks = segments > 1, segments > 1 and dim <= MOST_WALKED
+    rows = group if interpreted else -(-group // 8) * 8  # past the group the copy fills in zeros
+    keys = BLOCK[dim]
+    per_page, per_segment = page // keys, SEGMENT // keys
+    ctas = min(CTAS, sequences * segments * kv_heads)
     c = softmax.factor(scale, soft_cap)
 
-    def body(q_g, k_g, v_g, items_g, count_g, o_g, m_g, l_g, *scratch):
-        q_s, (tiles, (o_s, m_s, l_s)), full, q_bar = scratch
+    def body(q_g, k_g, v_g, tables_g, lens_g, items_g, count_g, *rest):
+        rest = list(rest)
+        arrived_g = rest.pop(0) if split else None
+        out_g, *parts = (rest.pop(0) for _ in range(4 if split else 1))
+        q_s, tiles, full, q_bar, *seen_s = rest
         cta = lax.axis_index("cta")
+        mine = lax.div(count_g[0] * kv_heads - cta + ctas - 1, jnp.int32(ctas))
 
-        def look_up(local):
+        def of_item(local, *fields):
             item = lax.div(cta + local * ctas, jnp.int32(kv_heads))
-            item = jnp.minimum(item, sequences * segments - 1)
-            return item, *(items_g[item, i] for i in range(6))
+            return tuple(items_g[jnp.minimum(item, sequences * segments - 1), field] for field in fields)
 
-        def each_item(local, looked_up):
-            item, sequence, segment, length, low, *first_pages = looked_up
-            kv_head = lax.rem(cta + local * ctas, jnp.int32(kv_heads))
-            start = segment * SEGMENT
-            last = pl.cdiv(jnp.minimum(length - start, SEGMENT), jnp.int32(keys))
-            whole = lax.div(jnp.minimum(length - start, SEGMENT), jnp.int32(keys))
+        def kv_head_of(local):
+            return lax.rem(cta + local * ctas, jnp.int32(kv_heads))
 
-            def load(is_value, j, slot, index):
-                block = lax.rem(segment * per_segment + j, jnp.int32(per_page))
-                source = (v_g if is_value else k_g).at[index, kv_head, block]
-                plgpu.copy_gmem_to_smem(source, tiles.at[slot], full.at[slot])
+        def cursor(local, sequence, j, end):
+            """A block of this CTA: (local item, sequence, block, the item's end, page, keys that exist)."""
+            at = jnp.minimum(lax.div(j, jnp.int32(per_page)), tables_g.shape[1] - 1)
+            return local, sequence, j, end, tables_g[sequence, at], lens_g[sequence] - j * keys
 
-            plgpu.wait_smem_to_gmem(0)  # the tiles' memory held the last item's results
-            for tile in range(ring):
+        def advance(at, following):
+            """The block after `at`, and the first block and end of the item after that one."""
+            local, sequence, j, end, *_ = at
+            more = j + 1 < end
+            new = [local, sequence, j + 1, end]
+            new = [jnp.where(more, a, b) for a, b in zip(new, (local + 1, *following), strict=True)]
+            return cursor(*new), of_item(new[0] + 1, 0, 1, 2)
 
-                @pl.when(low + tile // 2 < last)
-                def _(tile=tile):
-                    load(tile % 2, low + tile // 2, tile, first_pages[tile // 2])
+        def load(source, at, slot):
+            local, _, j, _, page_index, live = at
+            where = page_index, kv_head_of(local), lax.rem(j, jnp.int32(per_page))
+            for size in range(CHUNK, keys + 1, CHUNK):
+                least = live > size - CHUNK
 
-            plgpu.copy_gmem_to_smem(
-                q_g.at[sequence, pl.ds(kv_head * rows, rows)], q_s.at[pl.ds(0, rows)], q_bar
-            )
-            following = look_up(local + 1)
+                @pl.when((local < mine) & (least if size == keys else least & (live <= size)))
+                def _(size=size):
+                    part = pl.ds(0, size)
+                    plgpu.copy_gmem_to_smem(source.at[*where, part], tiles.at[slot, part], full.at[slot])
+
+        def load_queries(local, sequence):
+            part = q_g.at[sequence, kv_head_of(local), pl.ds(0, rows)]
+            plgpu.copy_gmem_to_smem(part, q_s.at[pl.ds(0, rows)], q_bar)
+
+        def each_item(local, carried):
+            sequence, first, end, length, segment, first_segment, end_segment = of_item(local, *range(FIELDS))
+            kv_head = kv_head_of(local)
             plgpu.barrier_wait(q_bar)
 
-            def refill(tile, j, slot):
-                ahead = j + (ring + tile) // 2
-
-                @pl.when(ahead < last)
-                def _():
-                    load((ring + tile) % 2, ahead, slot, items_g[item, 6 + ahead])
-
-            def each_block(j, state, edge):
-                acc, m, mass = state
-                k_slot = lax.rem(2 * (j - low), jnp.int32(ring))
-                v_slot = lax.rem(2 * (j - low) + 1, jnp.int32(ring))
+            def each_block(j, state):
+                (tile, ahead, following), merged, current = state
+                k_slot, v_slot = lax.rem(tile, jnp.int32(RING)), lax.rem(tile + 1, jnp.int32(RING))
+                further, following = advance(ahead, following)
                 plgpu.barrier_wait(full.at[k_slot])
 
                 def product(ref):
@@ -128,57 +146,91 @@ def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
                     return ref[...]
 
                 scores = pl.run_scoped(product, plgpu.ACC((softmax.ROWS, keys), jnp.float32))
-                refill(0, j, k_slot)
+                load(v_g, ahead, k_slot)
+                pl.when((j + 1 == end) & (local + 1 < mine))(lambda: load_queries(*ahead[:2]))
                 scores = softmax.cap(scores, scale, soft_cap)
-                if edge:
+
+                def mask(scores):
                     key = plgpu.broadcasted_iota(jnp.int32, (softmax.ROWS, keys), 1, layout=softmax.TILE)
-                    scores = softmax.mask(scores, length - 1, key + (start + j * keys), window)
-                p, acc, m, mass = softmax.block(scores, acc, m, mass, c, dtype)
+                    return softmax.mask(scores, length - 1, key + j * keys, window)
+
+                if window is None:
+                    scores = lax.cond(length < (j + 1) * keys, mask, lambda scores: scores, scores)
+                else:
+                    scores = mask(scores)
+                if walks:
+                    merged, current = lax.cond(
+                        (lax.rem(j, jnp.int32(per_segment)) == 0) & (j > first),
+                        lambda merged, current: (softmax.merge(*merged, *current), softmax.empty(dim)),
+                        lambda *same: same,
+                        *(merged, current),
+                    )
+                p, acc, m, mass = softmax.block(scores, *current, c, dtype)
                 plgpu.barrier_wait(full.at[v_slot])
-                if edge:
-                    softmax.clear_tail(tiles.at[v_slot], length - start - j * keys)
+                softmax.clear_tail(tiles.at[v_slot], length - j * keys)
                 acc = softmax.accumulate(acc, p, tiles.at[v_slot])
-                refill(1, j, v_slot)
-                return acc, m, mass
+                load(k_g, further, v_slot)
+                return (tile + 2, further, following), merged, (acc, m, mass)
 
-            state = softmax.empty(dim)
-            if window is None:
-                state = lax.fori_loop(low, whole, functools.partial(each_block, edge=False), state)
-                state = lax.fori_loop(whole, last, functools.partial(each_block, edge=True), state)
+            state = carried, softmax.empty(dim) if walks else (), softmax.empty(dim)
+            carried, merged, current = lax.fori_loop(first, end, each_block, state)
+
+            def finish():
+                out, _, total = softmax.merge(*(merged or softmax.empty(dim)), *current)
+                value = softmax.finish(out, total, dtype)
+                store_part(value, softmax.TILE, out_g.at[sequence, kv_head], (0, group))
+
+            def hand_in():
+                where = sequence, kv_head, segment
+                for value, layout, part in zip(current, LAYOUTS, parts, strict=True):
+                    at = (*where, pl.ds(0, group), pl.ds(0, dim))[: part.ndim]
+                    store_part(value, layout, part.at[at], (0, group))
+                if interpreted:
+                    return
+                count_up(arrived_g.at[sequence, pl.ds(kv_head, 1)], seen_s[0])
+
+                @pl.when(seen_s[0][0] == end_segment - first_segment - 1)
+                def _():
+                    arrived_g[sequence, kv_head] = jnp.int32(0)
+                    ranges = first_segment, end_segment
+                    _merge(shape, dtype, parts, out_g, sequence, kv_head, *ranges)
+
+            if split:
+                pl.when(segment < 0)(finish)
+                pl.when(segment >= 0)(hand_in)
             else:
-                state = lax.fori_loop(low, last, functools.partial(each_block, edge=True), state)
-            o_s[...], m_s[...], l_s[...] = state
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, rows)], o_g.at[sequence, kv_head, segment])
-            plgpu.copy_smem_to_gmem(m_s, m_g.at[sequence, kv_head, segment])
-            plgpu.copy_smem_to_gmem(l_s, l_g.at[sequence, kv_head, segment])
-            return following
+                finish()
+            return carried
 
-        begin = look_up(jnp.int32(0))  # does not wait for the count
-        mine = jnp.maximum(count_g[0] * kv_heads - cta, 0)
-        lax.fori_loop(0, pl.cdiv(mine, jnp.int32(ctas)), each_item, begin)
-        plgpu.wait_smem_to_gmem(0)
+        @pl.when(mine > 0)
+        def _():
+            at = cursor(jnp.int32(0), *of_item(0, 0, 1, 2))
+            load(k_g, at, 0)
+            load_queries(*at[:2])
+            load(v_g, at, 1)
+            at, following = advance(at, of_item(1, 0, 1, 2))
+            load(k_g, at, 2)
+            lax.fori_loop(0, mine, each_item, (jnp.int32(0), at, following))
 
-    parts = sequences, kv_heads, segments
     tile = softmax.swizzled(dim)
-    tiles = plgpu.SMEM((ring, keys, dim), dtype, transforms=tile)
-    results = (
-        plgpu.SMEM((softmax.ROWS, dim), jnp.float32, transforms=softmax.swizzled(dim, 4)),
-        plgpu.SMEM((softmax.ROWS,), jnp.float32),
-        plgpu.SMEM((softmax.ROWS,), jnp.float32),
-    )
+    outputs = [jax.ShapeDtypeStruct((sequences, kv_heads, group, dim), dtype)]
+    if split:
+        parts, width = (
+            (sequences, kv_heads, segments, -(-group // MERGED_ROWS) * MERGED_ROWS),
+            -(-dim // 128) * 128,
+        )
+        outputs.append(jax.ShapeDtypeStruct((*parts, width), jnp.float32))
+        outputs += [jax.ShapeDtypeStruct(parts, jnp.float32)] * 2
     return plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((*parts, rows, dim), jnp.float32),
-            jax.ShapeDtypeStruct((*parts, softmax.ROWS), jnp.float32),
-            jax.ShapeDtypeStruct((*parts, softmax.ROWS), jnp.float32),
-        ),
+        kernel_name="attention_decode",
+        out_type=outputs,
         scratch_types=[
             plgpu.SMEM((softmax.ROWS, dim), dtype, transforms=tile),
-            plgpu.RefUnion(tiles, results),
-            plgpu.Barrier(num_barriers=ring),
+            plgpu.SMEM((RING, keys, dim), dtype, transforms=tile),
+            plgpu.Barrier(num_barriers=RING),
             plgpu.Barrier(),
+            *([plgpu.SMEM((1,), jnp.int32)] if split else []),
         ],
         grid=(ctas,),
         grid_names=("cta",),
@@ -186,63 +238,58 @@ def _partial(shape, dtype, scale, window, soft_cap, _interpreting):
     )
 
 
-@functools.cache
-def _merge(shape, dtype, per_load, _interpreting):
-    """One CTA a (query head, sequence); partial results come in chunks of segments through shared memory."""
-    sequences, heads, _, group, _, dim = shape[:6]
-    width = -(-dim // 128) * 128  # lanes past a row's end compute what nobody reads
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=1)
+def _merge(shape, dtype, parts, out_g, sequence, kv_head, first, end):
+    """Merges the segments of a sequence for the query heads of a KV head, a few rows at a time, a row a warp."""
+    group, dim, segments = shape[2], shape[3], shape[5]
+    width = parts[0].shape[-1]
+    tiles = ((MERGED_ROWS, width), (4,)) if width == 128 else ((MERGED_ROWS, width), (128,), (4,))
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(tiles), warp_dims=(-1 - len(tiles),), lane_dims=(-2,), vector_dim=-1
+    )
+    layouts = layout, layout.reduce(1), layout.reduce(1)
 
-    def vector(value):
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, (width,), []), layout)
-
-    def body(o_g, m_g, l_g, lens_g, first_g, out_g, o_s, m_s, l_s, out_s, bar, o_bar):
-        head, sequence = lax.axis_index("head"), lax.axis_index("sequence")
-        kv_head, row = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
-        first, count = first_g[sequence], pl.cdiv(lens_g[sequence], jnp.int32(SEGMENT))
-
+    def some_rows(row, count):
         def each_chunk(chunk, state):
-            where = sequence, kv_head, pl.ds(chunk * per_load, per_load)
-            plgpu.copy_gmem_to_smem(m_g.at[where], m_s, bar.at[0])
-            plgpu.copy_gmem_to_smem(l_g.at[where], l_s, bar.at[1])
-            for i in range(per_load):
-                plgpu.copy_gmem_to_smem(
-                    o_g.at[sequence, kv_head, chunk * per_load + i, row], o_s.at[pl.ds(i * dim, dim)], o_bar
-                )
-            plgpu.barrier_wait(bar.at[0])
-            plgpu.barrier_wait(bar.at[1])
-            plgpu.barrier_wait(o_bar)
-            for i in range(per_load):
-                at = chunk * per_load + i
-                present = (at >= first) & (at < count)
-                acc = plgpu.load(o_s.at[pl.ds(i * dim, width)], layout=layout)
-                part = softmax.merge(*state, acc, vector(m_s[i, row]), vector(l_s[i, row]), layout, layout)
-                state = tuple(
-                    jnp.where(lax.broadcast_in_dim(present, (width,), []), new, old)
-                    for new, old in zip(part, state, strict=True)
-                )
+            begin = first + chunk * AT_ONCE
+            loaded = []
+            for i in range(AT_ONCE):
+                at = sequence, kv_head, jnp.minimum(begin + i, segments - 1), pl.ds(row, MERGED_ROWS)
+                pairs = zip(parts, layouts, strict=True)
+                loaded.append([plgpu.load(p.at[at], layout=a, optimized=False) for p, a in pairs])
+            for i, part in enumerate(loaded):
+                new, present = softmax.merge(*state, *part, *layouts[:2]), begin + i < end
+                pairs = zip(new, state, strict=True)
+                state = tuple(jnp.where(lax.broadcast_in_dim(present, a.shape, []), a, b) for a, b in pairs)
             return state
 
-        state = tuple(vector(jnp.float32(value)) for value in (0, softmax.EMPTY, 0))
-        low, high = lax.div(first, jnp.int32(per_load)), pl.cdiv(count, jnp.int32(per_load))
-        out, _, total = lax.fori_loop(low, high, each_chunk, state)
-        out_s[...] = softmax.finish(out, total, dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_s.at[pl.ds(0, dim)], out_g.at[sequence, head])
-        plgpu.wait_smem_to_gmem(0)
+        shapes = (MERGED_ROWS, width), (MERGED_ROWS,), (MERGED_ROWS,)
+        state = tuple(map(softmax.full, shapes, (0, softmax.EMPTY, 0), layouts))
+        out, _, total = lax.fori_loop(0, pl.cdiv(end - first, jnp.int32(AT_ONCE)), each_chunk, state)
+        at = sequence, kv_head, pl.ds(row, count)
+        store_part(softmax.finish(out, total, dtype), layout, out_g.at[at], (0, count), (0, dim))
+
+    whole = group // MERGED_ROWS
+
+    @pl.loop(0, whole)
+    def _(i):
+        some_rows(i * MERGED_ROWS, MERGED_ROWS)
+
+    if rest := group % MERGED_ROWS:
+        some_rows(whole * MERGED_ROWS, rest)
+
+
+@functools.cache
+def _merge_kernel(shape, dtype):
+    sequences, kv_heads, group, dim = shape[:4]
+
+    def body(o_g, m_g, l_g, first_g, end_g, out_g):
+        sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
+        ranges = first_g[sequence], end_g[sequence]
+        _merge(shape, dtype, (o_g, m_g, l_g), out_g, sequence, kv_head, *ranges)
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((sequences, heads, dim), dtype),
-        scratch_types=[
-            plgpu.SMEM((per_load * dim + width - dim,), jnp.float32),
-            plgpu.SMEM((per_load, softmax.ROWS), jnp.float32),
-            plgpu.SMEM((per_load, softmax.ROWS), jnp.float32),
-            plgpu.SMEM((width,), dtype),
-            plgpu.Barrier(num_arrivals=1, num_barriers=2),
-            plgpu.Barrier(num_arrivals=per_load),
-        ],
-        grid=(heads, sequences),
-        grid_names=("head", "sequence"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        out_type=jax.ShapeDtypeStruct((sequences, kv_heads, group, dim), dtype),
+        grid=(kv_heads, sequences),
+        grid_names=("kv_head", "sequence"),
     )

@@ -215,6 +215,7 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
 
     return plgpu.kernel(
         body,
+        kernel_name="attention_prefill",
         out_type=jax.ShapeDtypeStruct((count * tile, heads, dim), dtype),
         grid=(heads, count),
         grid_names=("head", "tile"),

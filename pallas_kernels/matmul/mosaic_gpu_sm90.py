@@ -23,7 +23,6 @@ K_BLOCK = 64
 COLUMN_ALIGN = 64
 GATE_GROUP = 32
 SMS = 132
-ROW_BAND = 16
 SHARED_BYTES = 222 * 1024
 REGISTERS = {1: 240, 2: 232, 3: 152}
 
@@ -154,11 +153,16 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
     ctas = min(tiles, SMS)
     ratio = 2 if activation else 1
     out_columns = tile.columns // ratio
-    chunk = GATE_GROUP if activation else max(c for c in range(8, 65, 8) if out_columns % c == 0)
+    # The epilogue goes through shared memory in chunks of columns, the next being written while one is stored.
+    chunk = max(c for c in range(8, 65, 8) if out_columns % c == 0)
+    if activation or (out_columns > 64 and out_columns % 32 == 0):
+        chunk = 32
+    chunks = out_columns // chunk
+    buffers = min(chunks, 2)
     loaded_rows = min(tile.rows, -(-rows // 8) * 8)
     stored_rows = min(group_rows, -(-rows // 8) * 8) if groups == 1 else group_rows
     out_size = jnp.dtype(out_dtype).itemsize
-    used = tile.rows * chunk * (out_size + (2 if has_residual else 0)) + 4096
+    used = tile.rows * chunk * buffers * (out_size + (2 if has_residual else 0)) + 4096
     stages = (SHARED_BYTES - used) // ((tile.rows + tile.columns) * depth * 2)
     stages = min(stages, steps) if ctas == tiles else min(stages, 32)
 
@@ -178,10 +182,10 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                 if row_tiles == 1:
                     return 0, at
                 # Row tiles vary fastest, a band of them at a time: what CTAs that run together read stays in L2.
-                band = lax.div(at, jnp.int32(ROW_BAND * column_tiles))
-                height = jnp.minimum(row_tiles - band * ROW_BAND, ROW_BAND)
-                within = at - band * (ROW_BAND * column_tiles)
-                return band * ROW_BAND + lax.rem(within, height), lax.div(within, height)
+                band = lax.div(at, jnp.int32(tile.band * column_tiles))
+                height = jnp.minimum(row_tiles - band * tile.band, tile.band)
+                within = at - band * (tile.band * column_tiles)
+                return band * tile.band + lax.rem(within, height), lax.div(within, height)
 
             @pl.when(group == groups)
             def _produce():
@@ -238,6 +242,23 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                 def each_tile(local, _):
                     row, column = origin(local)
 
+                    def where(j):
+                        rows = pl.ds(row * tile.rows + group * group_rows, stored_rows)
+                        return rows, pl.ds(column * out_columns + j * chunk, chunk)
+
+                    def live(buffer):
+                        return buffer if stored_rows == group_rows else buffer.at[pl.ds(0, stored_rows), :]
+
+                    def load_residual(j):
+                        at = group * buffers + j % buffers
+                        plgpu.copy_gmem_to_smem(
+                            residual_g.at[where(j)], live(residual_s.at[at]), residual_bar.at[at]
+                        )
+
+                    if has_residual:
+                        for j in range(buffers):
+                            load_residual(j)
+
                     def accumulate(acc):
                         def each_step(i, _):
                             step = local * steps + i
@@ -264,22 +285,8 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                         return value
 
                     sums = pl.run_scoped(accumulate, plgpu.ACC((group_rows, tile.columns), jnp.float32))
-                    out_buffer = out_s.at[group]
-                    to_store = (
-                        out_buffer if stored_rows == group_rows else out_buffer.at[pl.ds(0, stored_rows), :]
-                    )
-                    for j in range(out_columns // chunk):
-                        out_column = column * out_columns + j * chunk
-                        where = (
-                            pl.ds(row * tile.rows + group * group_rows, stored_rows),
-                            pl.ds(out_column, chunk),
-                        )
-                        if has_residual:
-                            loaded = residual_s.at[group]
-                            landing = (
-                                loaded if stored_rows == group_rows else loaded.at[pl.ds(0, stored_rows), :]
-                            )
-                            plgpu.copy_gmem_to_smem(residual_g.at[where], landing, residual_bar.at[group])
+                    for j in range(chunks):
+                        at = group * buffers + j % buffers
                         if activation:
                             gate = sums[:, 2 * j * chunk : (2 * j + 1) * chunk]
                             up = sums[:, (2 * j + 1) * chunk : (2 * j + 2) * chunk]
@@ -288,18 +295,18 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                             y = sums[:, j * chunk : (j + 1) * chunk]
                         if has_bias:
                             bias = plgpu.load(
-                                bias_g.at[pl.ds(out_column, chunk)],
-                                layout=plgpu.Layout.WGMMA.reduce(0),
-                                optimized=False,
+                                bias_g.at[where(j)[1]], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
                             )
                             y = y + lax.broadcast_in_dim(bias, (group_rows, chunk), [1])
                         if has_residual:
-                            plgpu.barrier_wait(residual_bar.at[group])
-                            y = y + loaded[...].astype(jnp.float32)
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        out_buffer[...] = y.astype(out_dtype)
+                            plgpu.barrier_wait(residual_bar.at[at])
+                            y = y + residual_s[at].astype(jnp.float32)
+                        plgpu.wait_smem_to_gmem(min(j, buffers - 1), wait_read_only=True)
+                        out_s[at] = y.astype(out_dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(to_store, out_g.at[where])
+                        plgpu.copy_smem_to_gmem(live(out_s.at[at]), out_g.at[where(j)])
+                        if has_residual and j + buffers < chunks:
+                            load_residual(j + buffers)
                     return ()
 
                 lax.fori_loop(0, count, each_tile, ())
@@ -310,15 +317,17 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
         if has_residual:
             scratch = {
                 "residual_s": plgpu.SMEM(
-                    (groups, group_rows, chunk), dtype, transforms=_transforms(chunk, 2)
+                    (groups * buffers, group_rows, chunk), dtype, transforms=_transforms(chunk, 2)
                 ),
-                "residual_bar": plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+                "residual_bar": plgpu.Barrier(num_arrivals=1, num_barriers=groups * buffers),
             }
         pl.run_scoped(
             scoped,
             x_s=plgpu.SMEM((stages, tile.rows, depth), dtype, transforms=operand),
             w_s=plgpu.SMEM((stages, k_blocks, tile.columns, K_BLOCK), dtype, transforms=operand),
-            out_s=plgpu.SMEM((groups, group_rows, chunk), out_dtype, transforms=_transforms(chunk, out_size)),
+            out_s=plgpu.SMEM(
+                (groups * buffers, group_rows, chunk), out_dtype, transforms=_transforms(chunk, out_size)
+            ),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             collective_axes="wg",
@@ -327,6 +336,7 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
 
     return plgpu.kernel(
         body,
+        kernel_name=f"matmul_{k}x{columns}",
         out_type=jax.ShapeDtypeStruct((rows, columns // ratio), out_dtype),
         grid=(ctas,),
         grid_names=("cta",),

@@ -17,9 +17,11 @@ class Tile:
     """k per pipeline stage: 64 or 128."""
     row_groups: int = 1
     """Consumer warpgroups, each with rows / row_groups rows."""
+    band: int = 16
+    """Row tiles that go through all columns together, so that what they read stays in L2."""
 
 
-ROW_BUCKETS = (64, 128, 192, 256, 512, 8192)
+ROW_BUCKETS = (64, 128, 192, 256, 512, 1024, 2048, 8192)
 """A row count uses the first bucket that holds it; more rows use the last."""
 
 DEFAULT = {
@@ -28,6 +30,8 @@ DEFAULT = {
     192: Tile(64, 128),
     256: Tile(128, 128, row_groups=2),
     512: Tile(128, 128, row_groups=2),
+    1024: Tile(128, 256, row_groups=2),
+    2048: Tile(128, 256, row_groups=2),
     8192: Tile(128, 256, row_groups=2),
 }
 """For shapes that the table lacks."""

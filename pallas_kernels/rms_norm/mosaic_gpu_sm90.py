@@ -42,5 +42,9 @@ def _kernel(shape, size, dtype, eps, _interpreting):
         y_g[row] = ((x * inverse) * weight).astype(dtype)
 
     return plgpu.kernel(
-        body, out_type=jax.ShapeDtypeStruct(shape, dtype), grid=(shape[0],), grid_names=("row",)
+        body,
+        kernel_name="rms_norm",
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        grid=(shape[0],),
+        grid_names=("row",),
     )

@@ -16,21 +16,22 @@ from pallas_kernels.compat import (
     fused_multiply_add,
     interpreting,
     kernel_in_place,
+    load_part,
     pl,
     plgpu,
     require_hopper,
+    store_part,
 )
-from pallas_kernels.rope_cache import xla
 
 HEADS = 16
-VECTOR = {96: 2, 128: 8}
-"""head_dim → columns that a lane holds side by side; other widths run XLA's program, which is invariant too."""
+VECTOR = {64: 4, 96: 2, 128: 8, 256: 8}
+"""head_dim → columns that a lane holds side by side."""
 
 
 def rope_cache(
     qkv, k_pages, v_pages, rope, positions, slots, *, num_q_heads, num_kv_heads, q_norm, k_norm, eps
 ):
-    """See `op.rope_cache`; bfloat16 or float16."""
+    """See `op.rope_cache`; bfloat16 or float16, head_dim 64, 96, 128 or 256."""
     require_hopper("rope_cache")
     dim = k_pages.shape[3]
     if qkv.dtype not in (jnp.bfloat16, jnp.float16) or {k_pages.dtype, v_pages.dtype} != {qkv.dtype}:
@@ -38,19 +39,9 @@ def rope_cache(
             f"rope_cache: qkv is {qkv.dtype} and the cache {k_pages.dtype}; mosaic_gpu takes bfloat16 or float16; "
             "use backend='xla'"
         )
-    if not supports(dim, num_q_heads, num_kv_heads, q_norm is not None):
-        return xla.rope_cache(
-            qkv,
-            k_pages,
-            v_pages,
-            rope,
-            positions,
-            slots,
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=eps,
+    if dim not in VECTOR:
+        raise ValueError(
+            f"rope_cache: head_dim={dim}; mosaic_gpu takes {', '.join(map(str, VECTOR))}; use backend='xla'"
         )
     tokens, norm = qkv.shape[0], [] if q_norm is None else [q_norm, k_norm]
     call = _kernel(
@@ -70,16 +61,6 @@ def rope_cache(
     return q, jax.freeze(k_cache), jax.freeze(v_cache)
 
 
-def supports(head_dim: int, num_q_heads: int, num_kv_heads: int, normed: bool) -> bool:
-    """Whether the kernel takes this shape; it depends on the model alone, never on the tokens of a call.
-
-    Mosaic infers a swizzled layout for the tiles in shared memory, and gets it wrong where a copy takes heads that are
-    no multiple of 8: every bit of q and k was off. 96 columns with a norm have not run on a GPU.
-    """
-    whole = num_q_heads % 8 == 0 and num_kv_heads % 8 == 0
-    return head_dim in VECTOR and whole and not (head_dim == 96 and normed)
-
-
 def _layout(dim: int):
     """[HEADS, D/2]: a head on 8 lanes, a warp on 4 heads."""
     v = VECTOR[dim]
@@ -91,14 +72,20 @@ def _layout(dim: int):
 def _kernel(tokens, q_heads, kv_heads, dim, page, dtype, normed, eps, _interpreting):
     rows, half = q_heads + 2 * kv_heads, dim // 2
     parts, layout = -(-rows // HEADS), _layout(dim)
+    held = min(rows, HEADS)
     columns = layout.reduce(0)
 
     def body(qkv_g, rope_g, positions_g, slots_g, *rest):
-        *norm_g, k_g, v_g, q_g, in_s, out_s, bar = rest
+        *norm_g, k_g, v_g, q_g = rest
         token = lax.axis_index("token")
         part = lax.axis_index("part")
-        first = jnp.minimum(part * HEADS, rows - HEADS)  # the last part may repeat heads of the one before
-        plgpu.copy_gmem_to_smem(qkv_g.at[token, pl.ds(first, HEADS)], in_s, bar)
+        first = jnp.minimum(part * HEADS, rows - held)  # the last part may repeat heads of the one before
+
+        def head_halves(start):
+            heads = qkv_g.at[token, pl.ds(first, held), pl.ds(start, half)]
+            return load_part(heads, (HEADS, half), layout)
+
+        values = [head_halves(start) for start in (0, half)]
         slot, position = slots_g[token], positions_g[token]
 
         def halves(ref):
@@ -111,11 +98,7 @@ def _kernel(tokens, q_heads, kv_heads, dim, page, dtype, normed, eps, _interpret
 
         cos, sin = (across(x) for x in halves(rope_g.at[position]))
         weights = [[across(x) for x in halves(w)] for w in norm_g]
-        plgpu.barrier_wait(bar)
-        x, y = (
-            plgpu.load(in_s.at[:, pl.ds(start, half)], layout=layout, optimized=False).astype(jnp.float32)
-            for start in (0, half)
-        )
+        x, y = (value.astype(jnp.float32) for value in values)
         if normed:
             total = jnp.sum(fused_multiply_add(x, x, y * y, layout), axis=1)
             inverse = lax.rsqrt((total + dim * eps) * (1.0 / dim))
@@ -126,36 +109,32 @@ def _kernel(tokens, q_heads, kv_heads, dim, page, dtype, normed, eps, _interpret
                 (value * inverse) * jnp.where(of_q, q_weight, k_weight)
                 for value, q_weight, k_weight in zip((x, y), *weights, strict=True)
             )
-        out_s[:, pl.ds(0, half)] = add_rounded(x * cos, -(y * sin), layout).astype(dtype)
-        out_s[:, pl.ds(half, half)] = add_rounded(y * cos, x * sin, layout).astype(dtype)
-        plgpu.commit_smem()
+        rotated = [
+            add_rounded(x * cos, -(y * sin), layout).astype(dtype),
+            add_rounded(y * cos, x * sin, layout).astype(dtype),
+        ]
         index, offset = lax.div(slot, jnp.int32(page)), lax.rem(slot, jnp.int32(page))
         for number in range(parts):
 
             @pl.when(part == number)
             def _(number=number):
-                first, begin = min(number * HEADS, rows - HEADS), 0
+                first, begin = min(number * HEADS, rows - held), 0
                 for source, target, heads in (
-                    (out_s, lambda at: q_g.at[token, at], q_heads),
-                    (out_s, lambda at: k_g.at[index, at, offset], kv_heads),
-                    (in_s, lambda at: v_g.at[index, at, offset], kv_heads),
+                    (rotated, lambda *at: q_g.at[token, *at], q_heads),
+                    (rotated, lambda at, columns: k_g.at[index, at, offset, columns], kv_heads),
+                    (values, lambda at, columns: v_g.at[index, at, offset, columns], kv_heads),
                 ):
-                    low, high = max(first, begin), min(first + HEADS, begin + heads)
+                    low, high = max(first, begin), min(first + held, begin + heads)
                     if low < high:
-                        taken = source.at[pl.ds(low - first, high - low)]
-                        plgpu.copy_smem_to_gmem(taken, target(pl.ds(low - begin, high - low)))
+                        for start, value in zip((0, half), source, strict=True):
+                            to = target(pl.ds(low - begin, high - low), pl.ds(start, half))
+                            store_part(value, layout, to, (low - first, high - low))
                     begin += heads
-
-        plgpu.wait_smem_to_gmem(0)
 
     return kernel_in_place(
         body,
+        kernel_name="rope_cache",
         out_type=jax.ShapeDtypeStruct((tokens, q_heads, dim), dtype),
-        scratch_types=[
-            plgpu.SMEM((HEADS, dim), dtype),
-            plgpu.SMEM((HEADS, dim), dtype),
-            plgpu.Barrier(),
-        ],
         grid=(tokens, parts),
         grid_names=("token", "part"),
     )

@@ -1,0 +1,153 @@
+"""Where the time of a step goes, kernel by kernel; needs a Hopper GPU.
+
+    python benchmarks/step_profile.py [layers]
+
+A model of Qwen3-8B's shape with random weights: decode steps of several batches and one prefill, without sampling.
+Per kernel: launches and microseconds a step (CUPTI), and how much of its own limit it reaches: the bytes that it must
+move at the bandwidth of a large copy, or its operations at the rate of a large matrix product, both measured first.
+Under each table the sum of the kernels, the host's time a step in a row of steps, and the gaps between them.
+"""
+
+import collections
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from kernels import gpu_us, normal
+
+from jaxdet.models.layers import Batch
+from jaxdet.testing import random_model
+from pallas_kernels.numerics import PAGE_SIZE
+
+HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 4096, 12288, 151936, 32, 8, 128
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": DIM,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+STEPS = (
+    ("decode", 1, 200),
+    ("decode", 64, 200),
+    ("decode", 256, 200),
+    ("decode", 1000, 200),
+    ("decode", 1, 8192),
+    ("prefill", 1, 8192),
+)
+
+
+def batch_of(kind: str, sequences: int, length: int) -> tuple[Batch, int]:
+    """A step over `sequences` of `length` keys in shuffled pages, and how many pages the cache needs."""
+    pages, count = -(-length // PAGE_SIZE), 1 if kind == "decode" else length
+    order = np.random.default_rng(0).permutation(sequences * pages) + 1
+    tables = np.zeros((sequences, max(32, pages)), np.int32)
+    tables[:, :pages] = order.reshape(sequences, pages)
+    positions = np.tile(np.arange(length - count, length, dtype=np.int32), sequences)
+    owner = np.repeat(np.arange(sequences), count)
+    slots = tables[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    rows = sequences if kind == "decode" else 0
+    starts, lens = np.arange(1 if rows else sequences + 1) * count, np.full(sequences, length)
+    arrays = (
+        positions % VOCAB,
+        positions,
+        slots,
+        tables[:rows],
+        lens[:rows],
+        tables[rows:],
+        starts,
+        lens[rows:],
+    )
+    return Batch(*(a.astype(np.int32) for a in arrays)), sequences * pages + 1
+
+
+def limit_us(name: str, rows: int, kind: str, keys: int, copy: float, flops: float) -> float | None:
+    """The least time of one launch, at `copy` bytes and `flops` operations a microsecond."""
+    if name.startswith("matmul_"):
+        k, columns = map(int, name.removeprefix("matmul_").split("_")[0].split("x"))
+        rows = keys if kind == "prefill" and columns < VOCAB else rows
+        size = 2 * k * columns + 2 * rows * (k + columns)
+        return max(size / copy, 2 * rows * k * columns / flops)
+    if name.startswith("attention_decode"):
+        return rows * keys * KV_HEADS * DIM * 4 / copy
+    if name.startswith("attention_prefill"):
+        return 2 * keys * keys * HEADS * DIM / flops
+    tokens = keys if kind == "prefill" else rows
+    if name.startswith("rms_norm"):
+        return 4 * tokens * HIDDEN / copy
+    if name.startswith("rope_cache"):
+        return tokens * (4 * (HEADS + 2 * KV_HEADS) * DIM + 4 * DIM) / copy
+    return None
+
+
+def main(layers: int) -> None:
+    assert jax.default_backend() == "gpu", "needs a Hopper GPU"
+    from jax._src.lib import mosaic_gpu  # only where there is a GPU
+
+    cupti = mosaic_gpu._mosaic_gpu_ext
+
+    big, square = normal(0, 2**29), normal(0, 8192, 8192)
+    copy = 2 * big.nbytes / gpu_us(jax.jit(lambda x: -x), [(big,)], 5)
+    flops = 2 * 8192**3 / gpu_us(jax.jit(jnp.dot), [(square, square)], 5)
+    print(
+        f"{jax.devices()[0].device_kind}, copy {copy / 1e6:.2f} TB/s, dot {flops / 1e6:.0f} TFLOP/s",
+        flush=True,
+    )
+    del big, square
+    model = random_model(
+        CONFIG | {"num_hidden_layers": layers}, dtype=jnp.bfloat16, backend="mosaic_gpu", max_model_len=16384
+    )
+    graph, state = nnx.split(model)
+
+    def step(state, cache, batch):
+        model = nnx.merge(graph, state)
+        hidden, cache = model(batch, cache)
+        return model.logits(hidden.at[batch.last_rows()].get(mode="promise_in_bounds")), cache
+
+    for kind, sequences, length in STEPS:
+        batch, pages = batch_of(kind, sequences, length)
+        shape = pages, KV_HEADS, PAGE_SIZE, DIM
+        cache = [tuple(normal(i, *shape) for i in (1, 2)) for _ in range(layers)]
+        begin, batch = time.time(), jax.device_put(batch)
+        compiled = jax.jit(step, donate_argnums=1).lower(state, cache, batch).compile()
+        built = time.time() - begin
+
+        def run(count, cache, batch=batch, compiled=compiled):
+            for _ in range(count):
+                _, cache = compiled(state, cache, batch)
+            return jax.block_until_ready(cache)
+
+        cache, count = run(3, cache), 20 if kind == "decode" else 3
+        begin = time.time()
+        cache = run(count, cache)
+        wall = (time.time() - begin) / count * 1e6
+        cupti._cupti_init()
+        cache = run(count, cache)
+        kernels = collections.defaultdict(list)
+        for name, ms in cupti._cupti_get_timings(True):
+            kernels[name.removesuffix("_kernel").removesuffix("_mosaic_gpu")].append(ms * 1e3)
+        del cache
+        total = sum(map(sum, kernels.values())) / count
+        print(f"\n{kind}, {sequences} × {length}, {layers} layers (compiled in {built:.1f} s)")
+        print(f"{'kernel':44} {'launches':>8} {'µs each':>8} {'µs a step':>10} {'of limit':>8}")
+        for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1])):
+            each = float(np.median(times))
+            limit = limit_us(name, sequences, kind, length, copy, flops)
+            reached = f"{limit / each:8.0%}" if limit else ""
+            print(
+                f"{name[:44]:44} {len(times) / count:8.1f} {each:8.2f} {sum(times) / count:10.1f} {reached}"
+            )
+        print(f"kernels {total:.0f} µs, wall {wall:.0f} µs, gaps {wall - total:.0f} µs", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 36)
