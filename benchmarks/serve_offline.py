@@ -252,6 +252,11 @@ def main() -> None:
     options = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit("serve_offline.py needs a GPU")
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def write(report: dict) -> None:
+        (options.out / "serve_offline.json").write_text(json.dumps(report, indent=1) + "\n")
+
     use_compile_cache()
     copy, flops = ceilings()
     report = {
@@ -290,14 +295,14 @@ def main() -> None:
         }
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
+        write(report)
     report["compiled after start"] = engine.stats().compiled_after_start
     report["memory GB"] = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
     del bench, engine, runs
     gc.collect()
     if not options.no_plain:
         report["plain"] = plain_rates(options.layers, [1, 8, 64, 256])
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "serve_offline.json").write_text(json.dumps(report, indent=1) + "\n")
+    write(report)
 
 
 if __name__ == "__main__":
