@@ -254,6 +254,10 @@ def test_every_program_that_the_engine_ran_is_clean(tiny):
     report = lint_step(llm.engine.step_fn)
     assert report.ok, said(report)
     assert {name.split()[0] for name in report.programs} >= {"model", "draw", "adjust", "score"}
+    for name, program in report.programs.items():
+        if name.startswith("model"):
+            assert sum(op.source.startswith("cache") and op.opcode == "parameter" for op in program.ops) == 2
+            assert len(program.aliased) == 2
 
 
 def test_the_command_lints_what_it_compiles(tiny, monkeypatch, capsys):

@@ -8,6 +8,7 @@ where whatever has no optimisation barrier in between may come into one fusion. 
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -80,18 +81,19 @@ def copies(program: Program, at_least: int = AT_LEAST) -> Iterator[Finding]:
 
 
 def misplaced(program: Program, at_least: int = AT_LEAST) -> Iterator[Finding]:
-    """Results that have an argument's shape, as a cache has, and don't take an argument's place.
+    """Results that have the shape of a part of the argument `cache`, and aren't written in an argument's place.
 
     Args:
         at_least: bytes from which a result counts.
     """
-    arguments = {a for op in program.entry.values() if op.opcode == "parameter" for a in op.arrays}
+    parameters = [op for op in program.entry.values() if op.opcode == "parameter"]
+    cache = {op.arrays[0] for op in parameters if op.source.startswith("cache")}
     results = [("", program.result)]
     if program.result.opcode == "tuple":
         results = [(str(i), program.entry[name]) for i, name in enumerate(program.result.operands)]
     for index, op in results:
-        if op.size >= at_least and op.arrays[0] in arguments and index not in program.aliased:
-            yield Finding(op, "is returned, and not written in the place of an argument of its shape")
+        if op.size >= at_least and op.arrays[0] in cache and index not in program.aliased:
+            yield Finding(op, "is returned, and not written in the place of the cache")
 
 
 def _filled(computation: Computation, op: Op) -> bool:
@@ -109,11 +111,14 @@ def _only_moves(program: Program, op: Op) -> bool:
 
 def unpinned(program: Program) -> Iterator[Finding]:
     """Float ops of XLA's own whose order or rounding is its choice."""
+    named = {op.name: op for op in program.ops}
     for op in program.ops:
         if not op.float_bits:
             continue
         if op.opcode in REDUCTIONS:
-            if any(inner.opcode in ELEMENTWISE and inner.float_bits for inner in program.applied(op)):
+            if not _drops_an_axis(named, op) and any(
+                inner.opcode in ELEMENTWISE and inner.float_bits for inner in program.applied(op)
+            ):
                 yield Finding(op, "reduces floats in an order of XLA's choice")
         elif op.opcode == "custom-call":
             if not op.target.startswith((*KERNELS, *EXACT_CALLS)):
@@ -130,6 +135,16 @@ def unpinned(program: Program) -> Iterator[Finding]:
             goes_on = op.name in rounded or _widens(computation, op)
             if goes_on and not program.optimised and any(s.name in rounded for s in sources):
                 yield Finding(op, "goes on from a rounded value, and XLA may leave out that rounding")
+
+
+def _drops_an_axis(named: Mapping[str, Op], op: Op) -> bool:
+    """Whether `op` adds −0 to single values: on TPUs XLA writes a reshape that drops an axis of 1 as such a sum."""
+    if op.opcode != "reduce" or len(op.operands) != 2:
+        return False
+    value, start = (named.get(name) for name in op.operands)
+    if value is None or start is None or start.operands != ("-0",):
+        return False
+    return value.size == op.size
 
 
 def _plain(op: Op) -> str:
@@ -287,8 +302,9 @@ def lint_step(step: Step) -> Report:
     for (function, key), program in step.programs.items():
         functions.setdefault(function, {})[f"{function} {key}"] = program
     report = Report({}, [])
-    for programs in functions.values():
-        found = lint(programs, step.backend)
+    for function, programs in functions.items():
+        # The raw logits stay, beside the adjusted ones, for the logprobs: a copy is what is asked for.
+        found = lint(programs, step.backend, at_least=sys.maxsize if function == "adjust" else AT_LEAST)
         report.programs |= found.programs
         report.findings += found.findings
     return report
