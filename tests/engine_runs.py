@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdet.checkpoints import open_checkpoint
+from jaxdet.engine.drafting import ModelDrafter
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.step import Step
 from jaxdet.models.layers import DecoderLM
@@ -42,13 +43,22 @@ def model_of(family="llama", dtype=jnp.float32, **config) -> DecoderLM:
 
 @functools.cache
 def compiled(model) -> Step:
-    """One set of compiled programs for all engines of a model."""
-    return Step(model)
+    """One set of compiled programs for all engines of a model, and for models that differ in their weights alone."""
+    step = Step(model)
+    step._programs = _programs(model.config, model.dtype)
+    return step
+
+
+@functools.cache
+def _programs(config, dtype) -> dict:
+    return {}
 
 
 def new_engine(model, **changes) -> Engine:
     engine = Engine(model, salt="", eos_token_ids=[EOS], keep_logits=True, **(DEFAULTS | changes))
     engine.step_fn = compiled(model)
+    if isinstance(engine._drafter, ModelDrafter):
+        engine._drafter._step = compiled(changes["drafter"])
     return engine
 
 
