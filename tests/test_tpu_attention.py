@@ -89,7 +89,7 @@ def float64_reference(seq, variant):
     return np.einsum("hqk,khd->qhd", probs / probs.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(64, jnp.bfloat16), (128, jnp.bfloat16), (64, jnp.float32)])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, jnp.bfloat16), (128, jnp.float32)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decode_prefill_and_chunks_agree(variant, dim, dtype):
     seq, table = sequence(0, 4, dim, dtype), [1, 2, 3]

@@ -53,10 +53,10 @@ def token_logprobs(logits, ids, *, top):
     """See `op.token_logprobs`; up to 2¹⁸ tokens."""
     own = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
     rank, peak, total = _launch(_logprobs, logits, _columns(own), _columns(ids.astype(jnp.int32)))
-    peak, total = (lax.bitcast_convert_type(x, jnp.float32)[:, None] for x in (peak, total))
-    normalise = lambda values: pin(pin(values - peak) - total)  # noqa: E731
+    peak, total = (lax.bitcast_convert_type(x, jnp.float32) for x in (peak, total))
     best, best_ids = lax.top_k(jnp.where(logits == 0, 0.0, logits), top)  # −0 and +0 are a tie
-    return normalise(own[:, None])[:, 0], rank, normalise(best), best_ids.astype(jnp.int32)
+    best = pin(pin(best - peak[:, None]) - total[:, None])
+    return pin(pin(own - peak) - total), rank, best, best_ids.astype(jnp.int32)
 
 
 def _columns(*values):
