@@ -147,16 +147,6 @@ def _drops_an_axis(named: Mapping[str, Op], op: Op) -> bool:
     return value.size == op.size
 
 
-def _drops_an_axis(named: Mapping[str, Op], op: Op) -> bool:
-    """Whether `op` adds −0 to single values: on TPUs XLA writes a reshape that drops an axis of 1 as such a sum."""
-    if op.opcode != "reduce" or len(op.operands) != 2:
-        return False
-    value, start = (named.get(name) for name in op.operands)
-    if value is None or start is None or start.operands != ("-0",):
-        return False
-    return value.size == op.size
-
-
 def _plain(op: Op) -> str:
     """The opcode of what an asynchronous op starts or ends."""
     return re.sub(r"-(start|update|done)$", "", op.opcode)
