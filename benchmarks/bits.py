@@ -15,9 +15,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tune_matmul import unlike
 
 from pallas_kernels.attention import mosaic_gpu_sm90 as attention
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
+from pallas_kernels.matmul.tuning_sm90 import ROW_BUCKETS, TABLE, Tile, tile
 from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
 from pallas_kernels.rope_cache import mosaic_gpu_sm90 as rope_cache
 from pallas_kernels.rope_cache import xla as rope_cache_xla
@@ -121,6 +123,8 @@ def attend(head_dim: int, heads: int, kv_heads: int, length: int, **option):
     at = np.unique(np.clip([0, 1, 127, 128, 129, 511, 512, 513, 640, 1023, 1024, length - 1], 0, length - 1))
     tally(run(q[at], at + 1, [1] * len(at), 1), whole[at])
     tally(run(q[-1:], [length], [1], 1), whole[-1:])
+    everyone = np.arange(length)  # so many that a CTA walks over all segments of a sequence
+    tally(run(q, everyone + 1, [1] * length, 1), whole)
     for start in (0, 333, 512):
         tally(run(q[start : start + 100], [start + 100], [100], 100), whole[start : start + 100])
     mixed = jnp.concatenate([jnp.full((40, heads, head_dim), jnp.nan, jnp.bfloat16), q[-60:]])
@@ -148,6 +152,22 @@ def product(k: int, n: int, most: int):
     tally(np.asarray(run(x.at[1::2].set(jnp.nan), packed))[::2], full[::2])
     exact = np.asarray(x[:8], np.float64) @ np.asarray(w, np.float64)
     return tally.row(op="matmul", K=k, N=n, M=most, error=error(full[:8], exact))
+
+
+def tiles():
+    """Every tile of the tuning table at the largest row count of its bucket, less five, against 64 × 64."""
+    tally = Tally()
+    for shape in TABLE:
+        k, columns = map(int, shape.split("x"))
+        packed = jax.random.normal(jax.random.key(1), (k // 64, columns, 64), jnp.bfloat16)
+        plain = jax.jit(functools.partial(matmul.matmul, n=columns, tile=Tile(64, 64)))
+        for rows in ROW_BUCKETS:
+            x = jax.random.normal(jax.random.key(rows), (rows - 5, k), jnp.bfloat16)
+            tuned = jax.jit(functools.partial(matmul.matmul, n=columns, tile=tile(rows, k, columns)))
+            got = tuned(x, packed)
+            tally.compared += got.size
+            tally.differ += int(unlike(got, plain(x, packed)))
+    return tally.row(op="matmul, every tile of the table")
 
 
 def normalise(size: int):
@@ -242,7 +262,9 @@ SECTIONS = {
             (128, 32, 8, False),
             (128, 8, 8, True),
             (96, 32, 32, False),
-            (64, 9, 3, True),  # XLA's program from here on
+            (128, 28, 4, False),
+            (64, 9, 3, True),
+            (64, 2, 1, True),
             (96, 8, 2, True),
             (256, 4, 1, True),
         )
@@ -258,6 +280,7 @@ SECTIONS = {
         functools.partial(attend, 256, 8, 4, 700),
     ],
     "matmul": [functools.partial(product, 576, 960, 3000), functools.partial(product, 4096, 6144, 4100)],
+    "tiles": [tiles],
     "step": [whole_step],
     "rms_norm": [functools.partial(normalise, size) for size in (576, 4096)],
 }

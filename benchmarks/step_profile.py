@@ -1,14 +1,15 @@
 """Where the time of a step goes, kernel by kernel; needs a Hopper GPU.
 
-    python benchmarks/step_profile.py [layers]
+    python benchmarks/step_profile.py [layers] [kind,sequences,length ...]
 
 A model of Qwen3-8B's shape with random weights: decode steps of several batches and one prefill, without sampling.
 Per kernel: launches and microseconds a step (CUPTI), and how much of its own limit it reaches: the bytes that it must
-move at the bandwidth of a large copy, or its operations at the rate of a large matrix product, both measured first.
+move at the rate at which a large array is read, or its operations at that of a large matrix product, measured first.
 Under each table the sum of the kernels, the host's time a step in a row of steps, and the gaps between them.
 """
 
 import collections
+import functools
 import sys
 import time
 
@@ -70,36 +71,36 @@ def batch_of(kind: str, sequences: int, length: int) -> tuple[Batch, int]:
     return Batch(*(a.astype(np.int32) for a in arrays)), sequences * pages + 1
 
 
-def limit_us(name: str, rows: int, kind: str, keys: int, copy: float, flops: float) -> float | None:
-    """The least time of one launch, at `copy` bytes and `flops` operations a microsecond."""
+def limit_us(name: str, rows: int, kind: str, keys: int, rate: float, flops: float) -> float | None:
+    """The least time of one launch, at `rate` bytes and `flops` operations a microsecond."""
     if name.startswith("matmul_"):
         k, columns = map(int, name.removeprefix("matmul_").split("_")[0].split("x"))
         rows = keys if kind == "prefill" and columns < VOCAB else rows
         size = 2 * k * columns + 2 * rows * (k + columns)
-        return max(size / copy, 2 * rows * k * columns / flops)
+        return max(size / rate, 2 * rows * k * columns / flops)
     if name.startswith("attention_decode"):
-        return rows * keys * KV_HEADS * DIM * 4 / copy
+        return rows * keys * KV_HEADS * DIM * 4 / rate
     if name.startswith("attention_prefill"):
         return 2 * keys * keys * HEADS * DIM / flops
     tokens = keys if kind == "prefill" else rows
     if name.startswith("rms_norm"):
-        return 4 * tokens * HIDDEN / copy
+        return 4 * tokens * HIDDEN / rate
     if name.startswith("rope_cache"):
-        return tokens * (4 * (HEADS + 2 * KV_HEADS) * DIM + 4 * DIM) / copy
+        return tokens * (4 * (HEADS + 2 * KV_HEADS) * DIM + 4 * DIM) / rate
     return None
 
 
-def main(layers: int) -> None:
+def main(layers: int, steps) -> None:
     assert jax.default_backend() == "gpu", "needs a Hopper GPU"
     from jax._src.lib import mosaic_gpu  # only where there is a GPU
 
     cupti = mosaic_gpu._mosaic_gpu_ext
 
-    big, square = normal(0, 2**29), normal(0, 8192, 8192)
-    copy = 2 * big.nbytes / gpu_us(jax.jit(lambda x: -x), [(big,)], 5)
+    big, square = normal(0, 2**14, 2**15), normal(0, 8192, 8192)
+    rate = big.nbytes / gpu_us(jax.jit(functools.partial(jnp.max, axis=1)), [(big,)], 5)
     flops = 2 * 8192**3 / gpu_us(jax.jit(jnp.dot), [(square, square)], 5)
     print(
-        f"{jax.devices()[0].device_kind}, copy {copy / 1e6:.2f} TB/s, dot {flops / 1e6:.0f} TFLOP/s",
+        f"{jax.devices()[0].device_kind}, reading {rate / 1e6:.2f} TB/s, dot {flops / 1e6:.0f} TFLOP/s",
         flush=True,
     )
     del big, square
@@ -113,7 +114,7 @@ def main(layers: int) -> None:
         hidden, cache = model(batch, cache)
         return model.logits(hidden.at[batch.last_rows()].get(mode="promise_in_bounds")), cache
 
-    for kind, sequences, length in STEPS:
+    for kind, sequences, length in steps:
         batch, pages = batch_of(kind, sequences, length)
         shape = pages, KV_HEADS, PAGE_SIZE, DIM
         cache = [tuple(normal(i, *shape) for i in (1, 2)) for _ in range(layers)]
@@ -141,7 +142,7 @@ def main(layers: int) -> None:
         print(f"{'kernel':44} {'launches':>8} {'µs each':>8} {'µs a step':>10} {'of limit':>8}")
         for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1])):
             each = float(np.median(times))
-            limit = limit_us(name, sequences, kind, length, copy, flops)
+            limit = limit_us(name, sequences, kind, length, rate, flops)
             reached = f"{limit / each:8.0%}" if limit else ""
             print(
                 f"{name[:44]:44} {len(times) / count:8.1f} {each:8.2f} {sum(times) / count:10.1f} {reached}"
@@ -150,4 +151,5 @@ def main(layers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 36)
+    chosen = [(kind, int(n), int(length)) for kind, n, length in (a.split(",") for a in sys.argv[2:])]
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 36, chosen or STEPS)

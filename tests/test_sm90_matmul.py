@@ -83,6 +83,27 @@ def test_every_tile_lowers_for_cuda(tile):
     product.trace(x, packed).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.slow
+@pytest.mark.interpret
+@pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)
+def test_every_tile_keeps_rows_apart_and_is_close_to_float64(tile):
+    rows, columns = tile.rows + 8, -(-(tile.columns + 8) // 64) * 64
+    x, w, residual = _operands(rows, k=128, n=columns)
+    packed, some = kernel.pack(w), np.array([0, 7, tile.rows - 1, tile.rows, rows - 1])
+
+    def run(x):
+        with gpu_interpreter():
+            return kernel.matmul(x, packed, n=columns, residual=residual, tile=tile)
+
+    full = run(x)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(residual, np.float64)
+    assert np.linalg.norm(np.asarray(full, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+    poisoned = jnp.full_like(x, jnp.nan).at[some].set(x[some])
+    apart, full = (np.asarray(y).view(np.uint16) for y in (run(poisoned), full))
+    np.testing.assert_array_equal(apart[some], full[some])
+    assert (apart != full).any(), "the comparison sees the poisoned rows"
+
+
 def test_wrong_dtype_names_the_backend_that_works():
     x, w, _ = _operands(2)
     with pytest.raises(ValueError, match="use backend='xla'"):
