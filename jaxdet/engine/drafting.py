@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdet.engine.batch import choices, model_batch, sampling_rows, slots_of
+from jaxdet.engine.batch import model_batch, sampled, sampling_rows, slots_of
 from jaxdet.engine.buckets import Buckets
 from jaxdet.engine.scheduler import Part, Plan
 from jaxdet.engine.sequence import Sequence
@@ -105,7 +105,7 @@ class ModelDrafter:
             plan = Plan(rows=parts)
             bucket = self._buckets.fit(len(parts), 0, 0)
             batch, feed = model_batch(plan, bucket, self._table)
-            chosen = choices(plan, bucket)
+            chosen = sampled(plan, bucket)
             _, logits, self._cache = self._step.run(self._cache, self._last, feed, batch)
             rows, slots = sampling_rows(chosen, bucket.sampled), slots_of(chosen, bucket.sampled, self._slots)
             tokens, _, self._last = self._step.draw(logits, rows, slots, self._last)

@@ -333,26 +333,25 @@ class Engine:
         started = time.perf_counter()
         step = self.step_fn
         rows = sum(part.count for part in plan.rows)
-        tokens = sum(part.count for part in plan.chunks)
-        bucket = self.buckets.fit(rows, tokens, len(plan.chunks))
+        bucket = self.buckets.fit(rows, sum(part.count for part in plan.chunks), len(plan.chunks))
         batch, feed = arrays.model_batch(plan, bucket, self._table)
         hidden, logits, self._cache = step.run(self._cache, self._last_tokens, feed, batch)
         if self._drafter:
             self._drafter.follow(batch)
-        chosen = arrays.choices(plan, bucket)
+        chosen = arrays.sampled(plan, bucket)
         adjustments = arrays.adjustments(chosen, bucket.sampled, step.config.vocab_size)
         adjusted = logits if adjustments is None else step.adjust(logits, adjustments)
         slots = arrays.slots_of(chosen, bucket.sampled, self._slots)
         sampling = arrays.sampling_rows(chosen, bucket.sampled)
-        sampled, usable, self._last_tokens = step.draw(adjusted, sampling, slots, self._last_tokens)
+        tokens, usable, self._last_tokens = step.draw(adjusted, sampling, slots, self._last_tokens)
         scored = any(part.sequence.unscored for part in plan)
         top = min(MAX_LOGPROBS, step.config.vocab_size)
         logprobs = prompt_logprobs = None
-        if any(choice.sequence.params.logprobs is not None for choice in chosen):
-            logprobs = step.logprobs(logits, sampled, top=top)
+        if any(part.sequence.params.logprobs is not None for part, _ in chosen):
+            logprobs = step.logprobs(logits, tokens, top=top)
         if scored:
             prompt_logprobs = step.score(hidden, arrays.targets(plan, bucket), top=top)
-        out = StepOutput(sampled, usable, logits if self.keep_logits else None, logprobs, prompt_logprobs)
+        out = StepOutput(tokens, usable, logits if self.keep_logits else None, logprobs, prompt_logprobs)
         for array in jax.tree.leaves(out):
             array.copy_to_host_async()
         return Flight(plan, bucket, out, started)
@@ -363,49 +362,55 @@ class Engine:
         if all(part.sequence.finish_reason is not None for part in plan):
             return []
         out = jax.device_get(flight.out)
-        changed, tokens = [], 0
-        for part, first in arrays.starts(plan, bucket):
-            if part.sequence.finish_reason is None and out.prompt_logprobs is not None:
-                self._take_prompt_logprobs(part, first, out.prompt_logprobs)
-        for part, row in arrays.sampled_parts(plan, bucket):
+        changed, count = [], 0
+        if out.prompt_logprobs is not None:
+            for part, first in arrays.placed(plan, bucket):
+                if part.sequence.finish_reason is None:
+                    self._take_prompt_logprobs(part, first, out.prompt_logprobs)
+        tokens, usable = out.tokens.tolist(), out.usable.tolist()
+        for part, row in arrays.sampled(plan, bucket):
+            # This loop runs for every sequence at every step.
             sequence = part.sequence
-            sequence.in_flight -= part.count if part.drafts else 1
+            sequence.in_flight -= 1 + len(part.drafts)
             if sequence.finish_reason is not None:
                 continue
-            if not sequence.num_output:
-                self._counters.prompt_tokens += len(sequence.prompt)
+            before = len(sequence.tokens)
+            if before == len(sequence.prompt):
+                self._counters.prompt_tokens += before
                 self._counters.cached_tokens += sequence.cached
-            before = sequence.num_output
-            self._take_tokens(part, row, out)
-            tokens += sequence.num_output - before
-            self.scheduler.register(sequence)
+            self._take_tokens(part, row, tokens, usable, out)
+            count += len(sequence.tokens) - before
+            if len(sequence.tokens) >= sequence.register_at:
+                self.scheduler.register(sequence)
             changed.append(sequence)
             if sequence.finish_reason is not None:
                 self._counters.failed += sequence.finish_reason == "error"
                 self._counters.finished += sequence.finish_reason != "error"
                 self.scheduler.finish(sequence)
-        self._counters.step_done(flight.started, tokens)
+        self._counters.step_done(flight.started, count)
         return changed
 
-    def _take_tokens(self, part: Part, row: int, out: StepOutput) -> None:
+    def _take_tokens(
+        self, part: Part, row: int, tokens: list[int], usable: list[bool], out: StepOutput
+    ) -> None:
         """The sampled token, and after every right guess the next one."""
-        sequence, before = part.sequence, part.sequence.num_output
+        sequence, before = part.sequence, len(part.sequence.tokens)
         for guess in (*part.drafts, None):
-            if not out.usable[row]:
+            if not usable[row]:
                 sequence.finish_reason = "error"
             elif sequence.max_tokens == 0:
                 sequence.finish_reason = "length"
             else:
-                if sequence.params.logprobs is not None and out.logprobs is not None:
+                if out.logprobs is not None and sequence.params.logprobs is not None:
                     sequence.logprobs.append(_entry(out.logprobs, row, sequence.params.logprobs))
                 if out.logits is not None:
                     sequence.logits.append(np.asarray(out.logits[row]))
-                sequence.append(int(out.tokens[row]))
+                sequence.append(tokens[row])
             if sequence.finish_reason is not None or sequence.tokens[-1] != guess:
                 break
             row += 1
         if part.drafts:
-            taken = sequence.num_output - before
+            taken = len(sequence.tokens) - before
             self._counters.drafted_tokens += len(part.drafts)
             self._counters.accepted_tokens += max(0, taken - 1)
             if sequence.slot >= 0:  # what follows a wrong guess was computed for nothing

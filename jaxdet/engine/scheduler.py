@@ -9,7 +9,7 @@ from jaxdet.engine.sequence import Sequence
 from pallas_kernels.numerics import PAGE_SIZE
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Part:
     """Tokens `start` to `start + count` of a sequence, the last of them guessed (`drafts`)."""
 
@@ -38,6 +38,9 @@ class Plan:
     def __iter__(self) -> Iterator[Part]:
         yield from self.rows
         yield from self.chunks
+
+
+NO_DRAFTS: list[int] = []
 
 
 class Scheduler:
@@ -91,26 +94,36 @@ class Scheduler:
         copied = self._admit(plan)
         budget = self.max_num_batched_tokens
         for sequence in list(self.running):
-            if sequence.slot < 0 or not sequence.ready:  # preempted by one before it, or maybe at its end
+            # This loop runs for every sequence at every step: no calls where nothing is to be done.
+            length, unseen = len(sequence.tokens) + sequence.in_flight, sequence.in_flight
+            if unseen and length - len(sequence.prompt) >= sequence.max_tokens:  # maybe at its end
                 continue
-            if sequence.pending == 1:
-                guesses = (drafts or {}).get(sequence, [])
+            if sequence.slot < 0:  # preempted by one before it
+                continue
+            pending = length - sequence.computed
+            if pending == 1:
+                guesses = drafts.get(sequence, NO_DRAFTS) if drafts else NO_DRAFTS
                 # Nobody gives up a page for a guess.
-                room = (len(sequence.pages) + self.pool.available) * PAGE_SIZE - sequence.length
-                guesses = guesses[: max(room, 0)]
-                if self._make_room(sequence, sequence.length + len(guesses)):
+                room = (len(sequence.pages) + self.pool.available) * PAGE_SIZE - length
+                guesses = guesses[: max(room, 0)] if guesses else guesses
+                length += len(guesses)
+                if length <= len(sequence.pages) * PAGE_SIZE or self._make_room(sequence, length):
                     plan.rows.append(Part(sequence, sequence.computed, 1 + len(guesses), guesses, True))
             elif budget and len(plan.chunks) < self.max_prefill_seqs:
-                count = min(sequence.pending, budget)
-                whole = count == sequence.pending
-                if whole or self.chunked:
-                    plan.chunks.append(Part(sequence, sequence.computed, count, [], whole))
+                count = min(pending, budget)
+                if count == pending or self.chunked:
+                    plan.chunks.append(Part(sequence, sequence.computed, count, NO_DRAFTS, count == pending))
                     budget -= count
                 else:
                     budget = 0
         self.pool.release(copied)
         for part in plan:
-            self._advance(part)
+            sequence = part.sequence
+            sequence.computed += part.count
+            if part.samples:
+                sequence.in_flight += 1 + len(part.drafts)
+            if sequence.computed >= sequence.register_at:
+                self.register(sequence)
         return plan
 
     def finish(self, sequence: Sequence) -> None:
@@ -135,8 +148,12 @@ class Scheduler:
                 key = self.pool.extend_hash(sequence.hashes[-1] if page else self.pool.root, tokens)
             sequence.hashes.append(key)
             self._keep(sequence, page, key)
-        if prefix.tail is not None and known >= prefix.length - 1:
-            self._keep(sequence, len(prefix.pages), prefix.tail)
+        sequence.register_at = (len(sequence.hashes) + 1) * PAGE_SIZE
+        if prefix.tail is not None and sequence.register_at > prefix.length - 1:
+            if known >= prefix.length - 1:
+                self._keep(sequence, len(prefix.pages), prefix.tail)
+            else:
+                sequence.register_at = prefix.length - 1
 
     def restart(self) -> None:
         """After a step that failed, maybe in the midst of bookkeeping: everybody starts over from their tokens."""
@@ -177,7 +194,7 @@ class Scheduler:
                 copied.append(tail)
                 sequence.computed = len(sequence.tokens) - 1
             sequence.hashes = sequence.prefix.pages[: len(pages)]
-            sequence.pages = pages + own
+            sequence.pages, sequence.register_at = pages + own, 0
             if not sequence.num_output:
                 sequence.cached = sequence.computed
             bisect.insort(self.running, sequence, key=_order)
@@ -205,13 +222,6 @@ class Scheduler:
                 if sequence.slot < 0:
                     return False
         return True
-
-    def _advance(self, part: Part) -> None:
-        sequence = part.sequence
-        sequence.computed += part.count
-        if part.samples:
-            sequence.in_flight += 1 + len(part.drafts)
-        self.register(sequence)
 
     def _keep(self, sequence: Sequence, page: int, key: bytes) -> None:
         self.pool.remember(sequence.pages[page], key)

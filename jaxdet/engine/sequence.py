@@ -7,6 +7,8 @@ import numpy as np
 from jaxdet.engine.kv_cache import Prefix
 from jaxdet.sampling_params import SamplingParams
 
+TINY = float(np.finfo(np.float32).tiny)
+
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
@@ -33,6 +35,8 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     """Prefix hash of each full page."""
+    register_at: int = 0
+    """Known and computed tokens from which on there is another prefix to make findable."""
     prefix: Prefix | None = None
     """Hashes of what it had when it was last admitted."""
     cached: int = 0
@@ -45,10 +49,23 @@ class Sequence:
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
     """Per output token its float32 logits, when the engine keeps them."""
     counts: dict[int, int] = dataclasses.field(default_factory=dict)
-    """How often each id occurs in the output."""
+    """How often each id occurs in the output, for those who need the last token."""
+    needs_last_token: bool = dataclasses.field(init=False)
+    """Whether its next logits are adjusted by what was sampled last, which the host must know by then."""
+    adjusted: bool = dataclasses.field(init=False)
+    """Whether any of its logits are."""
+    sampling: tuple[float, ...] = dataclasses.field(init=False)
+    """temperature, top_k, top_p, min_p, the seed's low and high half, sample index."""
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
+        p = self.params
+        self.needs_last_token = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
+        self.adjusted = self.needs_last_token or bool(p.logit_bias) or p.min_tokens > 0
+        # A top_p that float32 rounds to 0 would keep nothing; the smallest normal number keeps the best token.
+        cuts = (p.top_k, max(p.top_p, TINY)) if p.temperature else (0, 1)
+        halves = self.seed & 0xFFFFFFFF, self.seed >> 32
+        self.sampling = (p.temperature, *cuts, p.min_p, *halves, self.sample_index)
 
     @property
     def output(self) -> list[int]:
@@ -69,17 +86,6 @@ class Sequence:
         return self.length - self.computed
 
     @property
-    def ready(self) -> bool:
-        """Whether a next token is wanted for sure, as far as lengths tell."""
-        return self.in_flight == 0 or self.num_output + self.in_flight < self.max_tokens
-
-    @property
-    def needs_last_token(self) -> bool:
-        """Whether its next logits are adjusted by what was sampled last, which the host must know by then."""
-        p = self.params
-        return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-
-    @property
     def unscored(self) -> bool:
         """Whether logprobs of prompt tokens are wanted and not all there."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
@@ -87,9 +93,11 @@ class Sequence:
     def append(self, token: int) -> None:
         """Takes a sampled token and notes whether it ends the sequence."""
         self.tokens.append(token)
-        self.counts[token] = self.counts.get(token, 0) + 1
-        if token in self.stop_ids and self.num_output >= self.params.min_tokens:
+        if self.needs_last_token:
+            self.counts[token] = self.counts.get(token, 0) + 1
+        count = len(self.tokens) - len(self.prompt)
+        if token in self.stop_ids and count >= self.params.min_tokens:
             self.finish_reason = "stop"
             self.stop_reason = token if token in self.params.stop_token_ids else None
-        elif self.num_output >= self.max_tokens:
+        elif count >= self.max_tokens:
             self.finish_reason = "length"

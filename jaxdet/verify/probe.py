@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdet.engine.batch import model_batch, starts
+from jaxdet.engine.batch import model_batch, placed
 from jaxdet.engine.buckets import Buckets
 from jaxdet.engine.scheduler import Part, Plan
 from jaxdet.engine.sequence import Sequence
@@ -82,7 +82,7 @@ class Probe:
         batch, _ = model_batch(plan, bucket, self.table)
         logits, cache = self.step.forward(cache, batch)
         found = np.asarray(logits)
-        first = {id(part): at for part, at in starts(plan, bucket)}
+        first = {id(part): at for part, at in placed(plan, bucket)}
         return [found[first[id(p)] : first[id(p)] + p.count] for p in parts], cache
 
     def whole(self, cache: KVCache, chunk: int, pages: list[int] | None = None) -> tuple[np.ndarray, KVCache]:
