@@ -45,7 +45,8 @@ def attention(
         max_query_len: static bound on the queries of one sequence; 1 means decode.
 
     Returns:
-        [T, Hq, D] in q's dtype; rows past query_start[-1] are unspecified and finite only if their inputs are.
+        [T, Hq, D] in q's dtype; rows past query_start[-1] are unspecified and finite only if their inputs are. With
+        "mosaic_gpu" and `max_query_len=1` so are rows of sequences without keys, finite or not.
     """
     return registry.load("attention", backend).attention(
         q,
