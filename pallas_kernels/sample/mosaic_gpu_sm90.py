@@ -182,7 +182,7 @@ def _per_chunk(shape):
 def _peak(shape, _weigh, _last):
     """Per chunk the largest logit and its lowest id."""
 
-    def body(x_g, best_g, first_g):
+    def sample_peak(x_g, best_g, first_g):
         row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
 
         def visit(pieces, state):
@@ -196,7 +196,7 @@ def _peak(shape, _weigh, _last):
         best, first, largest = _sweep(x_g, row, chunk, visit, state)
         _write_best(best, first, largest, best_g, first_g, row, chunk)
 
-    return _launch(body, shape, _per_chunk(shape))
+    return _launch(sample_peak, shape, _per_chunk(shape))
 
 
 def _totals(sums_g, row, chunks, totals_s):
@@ -221,7 +221,7 @@ def _narrow(shape, weigh, last):
     chunks = -(-shape[1] // CHUNK)
     thresholds = 1 if last else SLOTS - 1
 
-    def body(x_g, scale_g, peak_g, floor_g, edge_g, cut_g, active_g, target_g, step_g, *rest):
+    def sample_narrow(x_g, scale_g, peak_g, floor_g, edge_g, cut_g, active_g, target_g, step_g, *rest):
         low_g, high_g, base_g, limit_g, sums_g, low_o, high_o, base_o, limit_o, sums_o, totals_s = rest
         row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
 
@@ -282,14 +282,14 @@ def _narrow(shape, weigh, last):
     bound, value = (jax.ShapeDtypeStruct(shape[:1], dtype) for dtype in (jnp.int32, jnp.float32))
     sums = jax.ShapeDtypeStruct((shape[0], SLOTS, SUMS), jnp.float32)
     scratch = [plgpu.SMEM((SLOTS,), jnp.float32)]
-    return _launch(body, shape, (bound, bound, value, value, sums), scratch)
+    return _launch(sample_narrow, shape, (bound, bound, value, value, sums), scratch)
 
 
 def _cut(shape, weigh, _last):
     """The edge as a float, and the last id that is kept of the elements equal to it."""
     chunks = -(-shape[1] // CHUNK)
 
-    def body(x_g, scale_g, peak_g, floor_g, edge_g, cut_g, active_g, target_g, *rest):
+    def sample_cut(x_g, scale_g, peak_g, floor_g, edge_g, cut_g, active_g, target_g, *rest):
         low_g, base_g, limit_g, sums_g, edge_o, cut_o, totals_s = rest
         row = lax.axis_index("row")
 
@@ -342,7 +342,7 @@ def _cut(shape, weigh, _last):
             cut_o[row] = lax.cond(count < tied, search, lambda: jnp.int32(LAST_ID))
 
     out_type = jax.ShapeDtypeStruct(shape[:1], jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    return _launch(body, shape, out_type, [plgpu.SMEM((SLOTS,), jnp.float32)], per_row=True)
+    return _launch(sample_cut, shape, out_type, [plgpu.SMEM((SLOTS,), jnp.float32)], per_row=True)
 
 
 def _gumbel(ids, key):
@@ -368,7 +368,7 @@ def _gumbel(ids, key):
 def _draw(shape, _weigh, _last):
     """Per chunk the largest x + noise of what is kept, and its lowest id."""
 
-    def body(
+    def sample_draw(
         x_g, scale_g, peak_g, floor_g, edge_g, cut_g, edge2_g, cut2_g, active_g, k0_g, k1_g, best_g, first_g
     ):
         row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
@@ -400,4 +400,4 @@ def _draw(shape, _weigh, _last):
             best, first = _sweep(x_g, row, chunk, visit, (_full(-jnp.inf), _full(LAST_ID, jnp.int32)))
             _write_best(best, first, best, best_g, first_g, row, chunk)
 
-    return _launch(body, shape, _per_chunk(shape), approximate=False)
+    return _launch(sample_draw, shape, _per_chunk(shape), approximate=False)
