@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.compat import pltpu
+
 LANES = 128
 """Columns of a register; the last axis of a tile is a multiple of it."""
 
@@ -32,6 +34,11 @@ def lies_transposed(head_dim: int) -> bool:
 def as_stored(pages, head_dim: int):
     """[P, Hkv, page, D] as XLA keeps it in HBM, so that nothing is moved; its own inverse."""
     return pages.swapaxes(2, 3) if lies_transposed(head_dim) else pages
+
+
+def in_hbm(pages, head_dim: int):
+    """`as_stored`, and kept there: XLA moves a pool that fits VMEM into it otherwise, and out again, every call."""
+    return pltpu.with_memory_space_constraint(as_stored(pages, head_dim), pltpu.HBM)
 
 
 def dot(a, b, dimensions):

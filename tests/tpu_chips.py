@@ -60,4 +60,5 @@ def _device(chip: str):
     if not LIBRARY.exists():
         raise FileNotFoundError(f"{LIBRARY} is missing; run `make .venv/libtpu/.ready`")
     os.environ["TPU_LIBRARY_PATH"] = str(LIBRARY)
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # one process at a time may hold a TPU; here is none
     return topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]

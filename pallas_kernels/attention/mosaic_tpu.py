@@ -18,7 +18,7 @@ from jax import lax
 
 from pallas_kernels.attention.segment_tpu import MAX_HEAD_DIM, ROWS_MULTIPLE, finish, segment, sub_tile
 from pallas_kernels.compat import pl, pltpu
-from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, as_stored, lies_transposed, require_dtype, round_up
+from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, in_hbm, lies_transposed, require_dtype, round_up
 
 MOST_SUB_TILES = 8
 MOST_ROWS = 4096
@@ -76,8 +76,8 @@ def attention(
         (jnp.asarray(block_tables), owner, first, lens, begin, end),
         picked,
         np.repeat(token[:, None], LANES, axis=1),
-        as_stored(k_pages, dim),
-        as_stored(v_pages, dim),
+        in_hbm(k_pages, dim),
+        in_hbm(v_pages, dim),
         queries=queries,
         options={"scale": scale, "window": window, "soft_cap": soft_cap},
     )[:, :, :, : queries * group]
@@ -116,7 +116,7 @@ def _launch(scalars, q, token, k_pages, v_pages, *, queries, options):
     tiles, subs, kv_heads, filled, dim = q.shape
     rows = token.shape[0]
     block = pl.BlockSpec((1, subs, kv_heads, filled, dim), lambda i, *_: (i, 0, 0, 0, 0))
-    pool = pl.BlockSpec(memory_space=pl.ANY)
+    pool = pl.BlockSpec(memory_space=pltpu.HBM)
     pages = pltpu.VMEM((2, *k_pages.shape[1:]), k_pages.dtype)
     statistic = pltpu.VMEM((subs, kv_heads, rows, LANES), jnp.float32)
     return pl.pallas_call(

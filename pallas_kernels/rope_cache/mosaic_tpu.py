@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import pl, pltpu
-from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, as_stored, lies_transposed, require_dtype
+from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, as_stored, in_hbm, lies_transposed, require_dtype
 
 MOST_TOKENS = 32
 BUFFER_BYTES = 12 * 2**20
@@ -51,12 +51,12 @@ def rope_cache(
     q_width = num_q_heads * dim
     norms = [] if q_norm is None else [q_norm[None], k_norm[None]]
     vector = pl.BlockSpec((1, dim), lambda i, *_: (0, 0))
-    pool = pl.BlockSpec(memory_space=pl.ANY)
+    pool = pl.BlockSpec(memory_space=pltpu.HBM)
     transposed = lies_transposed(dim)
     rows = pltpu.VMEM((num_kv_heads, dim, LANES) if transposed else (num_kv_heads, tile, dim), jnp.float32)
     shape = (dim, page) if transposed else (group, dim)
     groups = pltpu.VMEM((tile, num_kv_heads, *shape), qkv.dtype)
-    k_pages, v_pages = as_stored(k_pages, dim), as_stored(v_pages, dim)
+    k_pages, v_pages = in_hbm(k_pages, dim), in_hbm(v_pages, dim)
     q, k_pages, v_pages = pl.pallas_call(
         functools.partial(
             _kernel, tokens=tokens, q_heads=num_q_heads, kv_heads=num_kv_heads, group=group, eps=eps
