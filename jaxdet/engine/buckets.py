@@ -7,6 +7,7 @@ FINEST_CHUNK = 512
 """Up to here sizes double; above they quadruple."""
 FEW_ROWS = 8
 """Decoding rows beside a prompt, the smaller of two sizes."""
+ROW_TILE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """All shapes of an engine: its limits rounded down in powers of two and four.
+    """All shapes of an engine: its limits, and below them powers of two (and four, for long prompts).
 
     Args:
         max_rows: decoding rows of a step, drafts included.
@@ -39,7 +40,12 @@ class Buckets:
 
     @property
     def rows(self) -> list[int]:
-        return _sizes(1, self.max_rows, self.max_rows)
+        return _sizes(1, self._most_rows, self._most_rows)
+
+    @property
+    def _most_rows(self) -> int:
+        """Whole tiles of the matrix products, where there is more than one: 1000 rows would be padded at each."""
+        return self.max_rows if self.max_rows <= ROW_TILE else -(-self.max_rows // ROW_TILE) * ROW_TILE
 
     @property
     def tokens(self) -> list[int]:
@@ -47,7 +53,7 @@ class Buckets:
 
     @property
     def mixed_rows(self) -> list[int]:
-        return sorted({min(FEW_ROWS, self.max_rows), self.max_rows})
+        return sorted({min(FEW_ROWS, self._most_rows), self._most_rows})
 
     @property
     def mixed_tokens(self) -> list[int]:
