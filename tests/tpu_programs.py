@@ -224,14 +224,22 @@ def kernels_called(compiled: Compiled) -> int:
 
 
 def vmem(compiled: Compiled) -> int:
-    """The most vector memory, in bytes, that a kernel of the program uses."""
-    used = 0
+    """The most vector memory, in bytes, that a kernel of the program uses, beside what XLA keeps there meanwhile."""
+    most = 0
     for line in compiled.text.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:
-            sizes = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', line)
-            found = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', sizes[1]) if sizes else []
-            used = max([used, *map(int, found)])
-    return used
+            given, used = (_vmem_config(line, name) for name in ("scoped", "used_scoped"))
+            most = max(most, used["size"] - given["offset"])
+    return most
+
+
+def _vmem_config(line: str, name: str) -> dict[str, int]:
+    """Offset and size, in bytes, that an op's `name`_memory_configs tell of VMEM, which is memory space 1."""
+    found = re.search(
+        rf'"{name}_memory_configs":\[.*?"memory_space":"1","offset":"(\d+)","size":"(\d+)"', line
+    )
+    assert found, line
+    return {"offset": int(found[1]), "size": int(found[2])}
 
 
 def hbm(compiled: Compiled) -> int:
@@ -250,10 +258,11 @@ def main(kind: str) -> None:
         cells = []
         for chip, program in zip(CHIPS, programs, strict=True):
             compiled = program.compile(chip)
-            cell = f"{compiled.seconds:.1f} s, {vmem(compiled) / 2**20:.1f} MiB"
-            if kind == "steps":
-                cell += f", {hbm(compiled) / 2**30:.2f} GiB, {kernels_called(compiled)} kernels"
-            cells.append(cell)
+            if kind == "kernels":
+                size = f"{vmem(compiled) / 2**20:.1f} MiB"
+            else:
+                size = f"{hbm(compiled) / 2**30:.2f} GiB, {kernels_called(compiled)} kernels"
+            cells.append(f"{compiled.seconds:.1f} s, {size}")
         print(f"| {programs[-1].name} |", " | ".join(cells), "|", flush=True)
 
 
