@@ -16,6 +16,7 @@ from jaxdet.checkpoints import Checkpoint, open_checkpoint
 from jaxdet.engine.compile_cache import use_compile_cache
 from jaxdet.engine.digest import weights_digest
 from jaxdet.engine.engine import NGRAM, Engine
+from jaxdet.engine.sequence import Constraint
 from jaxdet.engine.sequence import Sequence as EngineSequence
 from jaxdet.engine.stats import EngineStats
 from jaxdet.models.layers import DecoderLM
@@ -142,9 +143,10 @@ class LLM:
                     f"{max_model_len}; lower max_model_len or use another model"
                 )
             drafter = _load(small, DTYPES[dtype], backend, max_model_len)
+        self.weights_digest = weights_digest(nnx.state(network))
         self.engine = Engine(
             network,
-            salt=weights_digest(nnx.state(network)),
+            salt=self.weights_digest,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -245,19 +247,19 @@ class LLM:
         """
         if len(token_id_sequences) == 0:
             raise ValueError("token_id_sequences is empty; give at least one list of token ids")
-        queued: list[EngineSequence] = []
+        requests: list[Request] = []
         try:
             for ids in token_id_sequences:
-                queued.append(self.engine.add_score(ids))
-            with tqdm(total=len(queued), desc="Scoring", unit="seq", disable=not use_tqdm) as bar:
-                while (done := sum(s.finish_reason is not None for s in queued)) < len(queued):
+                requests.append(self.submit_score(ids))
+            with tqdm(total=len(requests), desc="Scoring", unit="seq", disable=not use_tqdm) as bar:
+                while (done := sum(r.finished for r in requests)) < len(requests):
                     bar.update(done - bar.n)
                     self.step()
                 bar.update(done - bar.n)
         finally:
-            for sequence in queued:
-                self.engine.abort(sequence)
-        return [ScoreOutput(s.prompt, [entry[0] for entry in s.prompt_logprobs]) for s in queued]
+            for request in requests:
+                self.abort(request)
+        return [request.score() for request in requests]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -282,23 +284,37 @@ class LLM:
             self.abort(request)
 
     def submit(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        constraint: Constraint | None = None,
     ) -> "Request":
         """Queues a prompt among whatever runs already; `step` moves all requests on.
 
         Args:
             priority: lower goes first where not all can run at once; nobody waits for ever.
+            constraint: which tokens each completion may go on with, such as `jaxdet.grammar` compiles.
         """
         text, ids = self._encode(prompt)
         (params,) = _one_each(sampling_params, 1)
-        return self._add(text, ids, params, priority)
+        return self._add(text, ids, params, priority, constraint)
+
+    def submit_score(self, token_ids: Sequence[int]) -> "Request":
+        """Queues tokens whose logprobs are wanted; `Request.score` has them once it is finished."""
+        return self._watch(None, [self.engine.add_score(token_ids)], SamplingParams(prompt_logprobs=0))
 
     def step(self) -> "list[Request]":
         """One step of the engine; returns the requests that got a token or ended. Stop strings end theirs here."""
         changed: dict[Request, None] = {}
         for sequence in self.engine.step():
             if (request := self._live.get(sequence)) is not None:
-                request.update(sequence)
+                try:
+                    request.update(sequence)
+                except Exception as error:  # the others' tokens of this step must not be lost
+                    request.error = error
+                    self.abort(request)
                 changed[request] = None
         return list(changed)
 
@@ -313,10 +329,19 @@ class LLM:
         return self.engine.stats()
 
     def _add(
-        self, text: str | None, ids: Sequence[int], params: SamplingParams, priority: int = 0
+        self,
+        text: str | None,
+        ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        constraint: Constraint | None = None,
     ) -> "Request":
-        request = Request(self, text, self.engine.add(ids, params, priority=priority), params)
-        self._live |= dict.fromkeys(request.sequences, request)
+        queued = self.engine.add(ids, params, priority=priority, constraint=constraint)
+        return self._watch(text, queued, params)
+
+    def _watch(self, text: str | None, sequences: list[EngineSequence], params: SamplingParams) -> "Request":
+        request = Request(self, text, sequences, params)
+        self._live |= dict.fromkeys(sequences, request)
         return request
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
@@ -357,7 +382,11 @@ class Request:
     def __init__(self, llm: LLM, prompt: str | None, sequences: list[EngineSequence], params: SamplingParams):
         self._llm, self._prompt, self._params = llm, prompt, params
         self.sequences = sequences
+        self.error: Exception | None = None
+        """What went wrong with its text; it is aborted then, and its outputs raise it."""
         self._text = {s: TextStream(llm.tokenizer, params) for s in sequences}
+        self._told: dict[EngineSequence, tuple[int, int, str | None]] = dict.fromkeys(sequences, (0, 0, None))
+        """Tokens, characters and finish reason that `news` has told of."""
 
     @property
     def finished(self) -> bool:
@@ -374,6 +403,29 @@ class Request:
             sequence.finish_reason = "stop"
 
     def output(self) -> RequestOutput:
+        """All of it so far."""
+        return self._output([self._completion(s) for s in self.sequences])
+
+    def news(self) -> RequestOutput:
+        """The output, but of its completions only those that got tokens or ended since the last call, and only that."""
+        found = []
+        for s in self.sequences:
+            tokens, characters, reason = self._told[s]
+            if (s.num_output, s.finish_reason) != (tokens, reason):
+                completion = self._completion(s, tokens)
+                self._told[s] = s.num_output, len(completion.text), s.finish_reason
+                completion.text = completion.text[characters:]
+                found.append(completion)
+        return self._output(found)
+
+    def score(self) -> ScoreOutput:
+        """Logprobs of the prompt's tokens from the second on."""
+        (sequence,) = self.sequences
+        return ScoreOutput(sequence.prompt, [entry[0] for entry in sequence.prompt_logprobs])
+
+    def _output(self, completions: list[CompletionOutput]) -> RequestOutput:
+        if self.error is not None:
+            raise self.error
         first, p = self.sequences[0], self._params
         prompt_logprobs = None
         if p.prompt_logprobs is not None:
@@ -383,22 +435,24 @@ class Request:
             first.request_id,
             self._prompt,
             first.prompt,
-            [self._completion(s) for s in self.sequences],
+            completions,
             prompt_logprobs,
             first.cached,
         )
 
-    def _completion(self, s: EngineSequence) -> CompletionOutput:
+    def _completion(self, s: EngineSequence, start: int = 0) -> CompletionOutput:
+        """The whole text, and tokens and what belongs to them from `start` on."""
         stream, wanted = self._text[s], self._params.logprobs is not None
-        stream.extend(s.output)
+        output = s.output
+        stream.extend(output)
         if s.finish_reason is not None and stream.stopped_by is None:
             stream.finish(drop_last=s.finish_reason == "stop")
         return CompletionOutput(
             index=s.sample_index,
             text=stream.text,
-            token_ids=s.output,
+            token_ids=output[start:],
             cumulative_logprob=sum((e[0] for e in s.logprobs), 0.0) if wanted else None,
-            logprobs=[self._logprobs(t, e) for t, e in zip(s.output, s.logprobs, strict=True)]
+            logprobs=[self._logprobs(t, e) for t, e in zip(output[start:], s.logprobs[start:], strict=True)]
             if wanted
             else None,
             finish_reason=s.finish_reason,

@@ -139,7 +139,7 @@ def _adjusted(part: Part, drafts: list[int]) -> list[tuple[int, float, bool, int
         bias |= dict.fromkeys(sequence.stop_ids, -np.inf)
     touched = set(bias)
     counts = sequence.counts
-    if sequence.needs_last_token:
+    if sequence.penalised:
         if drafts:
             counts = Counter(counts)
             counts.update(drafts)
@@ -152,6 +152,25 @@ def _adjusted(part: Part, drafts: list[int]) -> list[tuple[int, float, bool, int
         (token, bias.get(token, 0.0), token in prompt or token in counts, counts.get(token, 0), *penalties)
         for token in touched
     ]
+
+
+def allowed_tokens(chosen: Placed, rows: int, vocab: int) -> np.ndarray | None:
+    """Bits of the tokens that each of a step's rows of logits may choose; None if none is constrained."""
+    constrained = [
+        (c, part.drafts, row) for part, row in chosen if (c := part.sequence.constraint) is not None
+    ]
+    if not constrained:
+        return None
+    found = np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
+    for constraint, drafts, row in constrained:
+        for ahead in range(1 + len(drafts)):
+            bits = found[row + ahead]
+            bits[:] = constraint.allowed(drafts[:ahead])
+            if ahead < len(drafts):
+                guess = drafts[ahead]
+                if not bits[guess // 32] >> guess % 32 & 1:  # can't be chosen: nobody sees the rows after it
+                    break
+    return found
 
 
 def slots_of(chosen: Placed, rows: int, nowhere: int) -> np.ndarray:

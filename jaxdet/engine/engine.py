@@ -17,7 +17,7 @@ from jaxdet.engine.drafting import Drafter, ModelDrafter, NgramDrafter
 from jaxdet.engine.kv_cache import PagePool
 from jaxdet.engine.memory import plan_pages
 from jaxdet.engine.scheduler import Part, Plan, Scheduler
-from jaxdet.engine.sequence import Sequence
+from jaxdet.engine.sequence import Constraint, Sequence
 from jaxdet.engine.stats import Counters, EngineStats
 from jaxdet.engine.step import Logprobs, Step, StepOutput
 from jaxdet.engine.warm_up import COPY_BUCKETS, compile_all
@@ -158,14 +158,17 @@ class Engine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        constraint: Constraint | None = None,
     ) -> list[Sequence]:
         """Queues a prompt; returns its `params.n` sequences, which fill up as `step` is called.
 
         Args:
             priority: lower goes first; one step overtakes at most OVERTAKING earlier requests.
+            constraint: which tokens each completion may go on with; it is copied.
 
         Raises:
-            ValueError: the prompt is empty, too long, or has ids outside the vocabulary.
+            ValueError: the prompt is empty, too long, or has ids outside the vocabulary, or what `params` ban may be
+                all that the constraint allows.
         """
         ids = self._check_prompt(prompt, self.max_model_len - 1)
         self._check_vocabulary("logit_bias", params.logit_bias)
@@ -173,6 +176,11 @@ class Engine:
         request_id = request_id or str(next(self._ids))
         room = self.max_model_len - len(ids)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        if constraint is not None and (not eos or params.min_tokens):
+            raise ValueError(
+                "min_tokens and ignore_eos forbid the end that a constrained completion comes to; leave them out, "
+                "and use a model with an end-of-sequence token"
+            )
         return [
             self._queue(
                 request_id=request_id,
@@ -182,6 +190,7 @@ class Engine:
                 seed=self.seed if params.seed is None else params.seed,
                 max_tokens=min(room, params.max_tokens or room),
                 stop_ids=eos | frozenset(params.stop_token_ids),
+                constraint=constraint and constraint.copy(),
                 order=next(self._arrivals) + OVERTAKING * priority,
             )
             for index in range(params.n)
@@ -341,6 +350,8 @@ class Engine:
         chosen = arrays.sampled(plan, bucket)
         adjustments = arrays.adjustments(chosen, bucket.sampled, step.config.vocab_size)
         adjusted = logits if adjustments is None else step.adjust(logits, adjustments)
+        allowed = arrays.allowed_tokens(chosen, bucket.sampled, step.config.vocab_size)
+        adjusted = adjusted if allowed is None else step.restrict(adjusted, allowed)
         slots = arrays.slots_of(chosen, bucket.sampled, self._slots)
         sampling = arrays.sampling_rows(chosen, bucket.sampled)
         tokens, usable, self._last_tokens = step.draw(adjusted, sampling, slots, self._last_tokens)

@@ -1,13 +1,35 @@
 """One running completion: its tokens, its pages and how far they are computed."""
 
 import dataclasses
+from typing import Protocol, Self
 
 import numpy as np
+from jaxtyping import UInt32
 
 from jaxdet.engine.kv_cache import Prefix
 from jaxdet.sampling_params import SamplingParams
 
 TINY = float(np.finfo(np.float32).tiny)
+
+
+class Constraint(Protocol):
+    """Which tokens one completion may go on with, a pure function of its tokens."""
+
+    def allowed(self, guesses: list[int]) -> UInt32[np.ndarray, " words"]:
+        """Bit i % 32 of word i // 32 says whether token i may follow the output so far and `guesses`.
+
+        What follows a guess that isn't allowed itself is never asked for. No token at all ends the completion with
+        "error".
+        """
+        ...
+
+    def append(self, token: int) -> None:
+        """Takes the token that was sampled."""
+        ...
+
+    def copy(self) -> Self:
+        """The same state, on its own from now on."""
+        ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -23,6 +45,7 @@ class Sequence:
     """0: nothing but the prompt's logprobs is wanted."""
     stop_ids: frozenset[int]
     """End-of-sequence and stop tokens; empty under ignore_eos without stop_token_ids."""
+    constraint: Constraint | None = None
     order: int = 0
     """Whose turn it is: lower goes first, is preempted last."""
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -49,19 +72,21 @@ class Sequence:
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
     """Per output token its float32 logits, when the engine keeps them."""
     counts: dict[int, int] = dataclasses.field(default_factory=dict)
-    """How often each id occurs in the output, for those who need the last token."""
+    """How often each id occurs in the output, if it is penalised."""
+    penalised: bool = dataclasses.field(init=False)
     needs_last_token: bool = dataclasses.field(init=False)
-    """Whether its next logits are adjusted by what was sampled last, which the host must know by then."""
+    """Whether what was sampled last has a say in the next choice, so that the host must know it by then."""
     adjusted: bool = dataclasses.field(init=False)
-    """Whether any of its logits are."""
+    """Whether any of its logits are biased, banned or penalised."""
     sampling: tuple[float, ...] = dataclasses.field(init=False)
     """temperature, top_k, top_p, min_p, the seed's low and high half, sample index."""
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
         p = self.params
-        self.needs_last_token = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
-        self.adjusted = self.needs_last_token or bool(p.logit_bias) or p.min_tokens > 0
+        self.penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
+        self.needs_last_token = self.penalised or self.constraint is not None
+        self.adjusted = self.penalised or bool(p.logit_bias) or p.min_tokens > 0
         # A top_p that float32 rounds to 0 would keep nothing; the smallest normal number keeps the best token.
         cuts = (p.top_k, max(p.top_p, TINY)) if p.temperature else (0, 1)
         halves = self.seed & 0xFFFFFFFF, self.seed >> 32
@@ -93,7 +118,9 @@ class Sequence:
     def append(self, token: int) -> None:
         """Takes a sampled token and notes whether it ends the sequence."""
         self.tokens.append(token)
-        if self.needs_last_token:
+        if self.constraint is not None:
+            self.constraint.append(token)
+        if self.penalised:
             self.counts[token] = self.counts.get(token, 0) + 1
         count = len(self.tokens) - len(self.prompt)
         if token in self.stop_ids and count >= self.params.min_tokens:

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdet.models.layers import Batch, DecoderLM, KVCache
 from pallas_kernels.arrays import HostOrDevice
-from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, sample, token_logprobs
+from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, restrict, sample, token_logprobs
 
 SCORE_ROWS = 64
 """Rows of logits alive at once while every position is scored."""
@@ -56,6 +56,7 @@ class Step:
             "logits": jax.jit(bind(_logits, graph, self._tree)),
             "draw": jax.jit(bind(_draw, backend), donate_argnums=3),
             "adjust": jax.jit(adjust),
+            "restrict": jax.jit(restrict),
             "logprobs": jax.jit(bind(_logprobs, backend), static_argnames="top"),
             "score": jax.jit(bind(_score, graph, self._tree), static_argnames="top"),
             "copy": jax.jit(_copy_pages, donate_argnums=0),
@@ -118,6 +119,11 @@ class Step:
 
     def adjust(self, logits: Float[Array, "R V"], adjustments: Adjustments) -> Float[Array, "R V"]:
         return self._call("adjust", (logits.shape, adjustments.row.shape), logits, adjustments)
+
+    def restrict(
+        self, logits: Float[Array, "R V"], allowed: UInt32[HostOrDevice, "R W"]
+    ) -> Float[Array, "R V"]:
+        return self._call("restrict", logits.shape, logits, allowed)
 
     def logprobs(self, logits: Float[Array, "R V"], tokens: Int[HostOrDevice, " R"], *, top: int) -> Logprobs:
         return self._call("logprobs", (logits.shape, top), logits, tokens, top=top)

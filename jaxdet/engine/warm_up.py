@@ -65,6 +65,7 @@ def _jobs(
         yield bind(compiler.logprobs, logits, ids, top=top)
         for length in ADJUSTMENT_BUCKETS:
             yield bind(compiler.adjust, logits, _adjustments(length))
+        yield bind(compiler.restrict, logits, of((size, -(-vocab // 32)), jnp.uint32))
     for size in sorted({bucket.rows + bucket.tokens for bucket in shapes}):
         hidden = of((size, step.config.hidden_size), step.dtype)
         yield bind(compiler.score, hidden, of((size,), jnp.int32), top=top)

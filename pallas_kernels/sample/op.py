@@ -69,6 +69,13 @@ def adjust(logits: Float[Array, "S V"], adjustments: Adjustments) -> Float[Array
     return pin(logits.at[a.row, a.id].set(x, mode="drop"))
 
 
+def restrict(logits: Float[Array, "S V"], allowed: UInt32[HostOrDevice, "S W"]) -> Float[Array, "S V"]:
+    """The logits with −inf for every token i whose bit i % 32 of word i // 32 isn't set; the others keep their bits."""
+    rows, vocab = logits.shape
+    bits = (jnp.asarray(allowed)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return pin(jnp.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -jnp.inf))
+
+
 def sample(
     logits: Float[Array, "S V"], rows: SamplingRows | None, *, backend: str | None = None
 ) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:

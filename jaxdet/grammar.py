@@ -1,0 +1,68 @@
+"""JSON that completions must follow: llguidance says before every token which ones may come."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+
+from jaxdet.tokenizer import Tokenizer
+
+
+class JsonGrammars:
+    """Compiles JSON schemas for one tokenizer.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: the model's number of logits; those beyond the tokenizer's tokens are never allowed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+        self._tokenizer = LLTokenizer(
+            tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(tokenizer.eos_token_ids)
+        )
+
+    def compile(self, schema: Mapping[str, Any]) -> "JsonConstraint":
+        """A constraint at the beginning of an answer that follows `schema`, without white space between its parts.
+
+        Raises:
+            ValueError: llguidance can't follow the schema.
+        """
+        try:
+            # White space would let a model go on for ever.
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides={"whitespace_flexible": False}
+            )
+        except (ValueError, RecursionError) as error:
+            raise _refusal(str(error)) from None
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise _refusal(matcher.get_error())
+        return JsonConstraint(matcher)
+
+
+class JsonConstraint:
+    """Where one answer stands in its grammar; implements `jaxdet.engine.sequence.Constraint`."""
+
+    def __init__(self, matcher: LLMatcher):
+        self._matcher = matcher
+
+    def allowed(self, guesses: list[int]) -> np.ndarray:
+        matcher = self._matcher
+        if guesses:
+            matcher = matcher.deep_copy()
+            matcher.consume_tokens(guesses)
+        found = np.frombuffer(matcher.compute_bitmask(), np.uint32)
+        # After a failure llguidance allows the end, which would pass a broken answer off as a whole one.
+        return np.zeros_like(found) if matcher.is_error() else found
+
+    def append(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    def copy(self) -> Self:
+        return type(self)(self._matcher.deep_copy())
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(f"json_schema can't be followed: {reason.splitlines()[0]}; use a simpler schema")
