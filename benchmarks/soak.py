@@ -91,26 +91,27 @@ def traffic(count: int, *, seed: int, max_len: int, poison: int, rate: float) ->
     """Random jobs of tokens below `poison`, about `rate` of them a step; some prompts hold `poison`, too."""
     rng = np.random.default_rng(seed)
     tokens = lambda n: rng.integers(0, poison, int(n)).tolist()  # noqa: E731
-    shared = [tokens(rng.integers(max_len // 2, 5 * max_len // 8)) for _ in range(2)]
+    pages = max(1, 5 * max_len // 8 // PAGE_SIZE)
+    shared = [tokens(pages * PAGE_SIZE + rng.integers(1, 20)) for _ in range(2)]
     prompts: list[list[int]] = []
     jobs = []
     for arrival in np.floor(np.cumsum(rng.exponential(1 / rate, count))).astype(int).tolist():
         kind = rng.random()
-        if kind < 0.75:
+        if kind < 0.8:
             prompt = [*shared[rng.integers(len(shared))], *tokens(rng.integers(1, max_len // 8))]
-        elif kind < 0.85 and prompts:
+        elif kind < 0.9 and prompts:
             prompt = list(prompts[rng.integers(len(prompts))])
-        elif kind < 0.93:
+        elif kind < 0.95:
             prompt = tokens(rng.integers(2, 9)) * int(rng.integers(3, 8))
         else:
             prompt = tokens(rng.integers(1, max_len // 2))
-        if rng.random() < 0.4:  # the output needs another page
-            prompt += tokens(max(0, -len(prompt) % PAGE_SIZE - int(rng.integers(-1, 8))))
+        if rng.random() < 0.5:  # the output needs another page
+            prompt += tokens(max(0, -len(prompt) % PAGE_SIZE - int(rng.integers(-1, 6))))
         del prompt[3 * max_len // 4 :]
         prompts.append(list(prompt))
-        if rng.random() < 0.06:
+        if rng.random() < 0.1:
             prompt.insert(int(rng.integers(len(prompt) + 1)), poison)
-        patience = int(rng.integers(0, 60)) if rng.random() < 0.1 else None
+        patience = int(rng.integers(0, 60)) if rng.random() < 0.12 else None
         jobs.append(Job(prompt, _params(rng, poison), arrival, patience, int(rng.choice([0, 0, 0, -1, 2]))))
     return jobs
 
@@ -262,9 +263,8 @@ def soak(
         stats = engine.stats()
         del engine
 
-        other = engines.new(
-            enable_prefix_caching=False, max_num_batched_tokens=limits["max_num_batched_tokens"] // 2
-        )
+        other = engines.new(enable_prefix_caching=False)
+        other.scheduler.max_num_batched_tokens //= 2
         expected = run(other, undisturbed(jobs), progress="reference" if progress else None)[::-1]
         del other
         compared, wrong = differing(found, expected)
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--backend", help="the device's own by default")
     parser.add_argument("--max-num-seqs", type=int, default=8 if on_cpu else 256)
-    parser.add_argument("--max-model-len", type=int, default=640 if on_cpu else 1024)
+    parser.add_argument("--max-model-len", type=int, default=512 if on_cpu else 768)
     parser.add_argument("--max-num-batched-tokens", type=int, default=64 if on_cpu else 4096)
     parser.add_argument("--rounds", nargs="+", choices=ROUNDS, default=ROUNDS)
     parser.add_argument("--layers", type=int, help="of qwen3-8b-shape, for a trial")

@@ -249,10 +249,10 @@ def test_control_unverified_guesses(monkeypatch, mistakes):
     """Negative control: the comparison sees a wrong guess that is taken for right, and only that."""
     verified = Engine._take_tokens
 
-    def unverified(self, part, row, out):
-        chosen = out.tokens.copy()
+    def unverified(self, part, row, tokens, usable, out):
+        chosen = list(tokens)
         chosen[row : row + len(part.drafts)] = part.drafts
-        verified(self, part, row, out._replace(tokens=chosen))
+        verified(self, part, row, chosen, usable, out)
 
     monkeypatch.setattr(Engine, "_take_tokens", unverified)
     engine = drafted(Script(EDGES, expected(EDGES), mistakes))
@@ -261,11 +261,7 @@ def test_control_unverified_guesses(monkeypatch, mistakes):
 
 def test_control_guesses_do_not_count(monkeypatch):
     """Negative control: penalties that overlook the guesses before a token are noticed."""
-    right = arrays.choices
-
-    def forgetful(plan, bucket):
-        return [choice._replace(drafts=[]) for choice in right(plan, bucket)]
-
-    monkeypatch.setattr(arrays, "choices", forgetful)
+    right = arrays._adjusted
+    monkeypatch.setattr(arrays, "_adjusted", lambda part, drafts: right(part, []))
     engine = drafted(Script(PENALISED, expected(PENALISED)))
     assert differing(run(engine, PENALISED), expected(PENALISED)) > 0
