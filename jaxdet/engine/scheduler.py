@@ -162,9 +162,7 @@ class Scheduler:
         self._slots, self._promised = list(reversed(range(self.max_num_seqs))), {}
         self.pool.clear()
         for sequence in everyone:
-            sequence.pages, sequence.hashes, sequence.computed, sequence.slot = [], [], 0, -1
-            sequence.in_flight = 0
-            del sequence.logprobs[sequence.num_output :], sequence.logits[sequence.num_output :]
+            sequence.start_over()
             if sequence.finish_reason is None:
                 self.add(sequence)
 

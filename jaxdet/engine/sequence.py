@@ -1,6 +1,7 @@
 """One running completion: its tokens, its pages and how far they are computed."""
 
 import dataclasses
+from collections import Counter
 from typing import Protocol, Self
 
 import numpy as np
@@ -122,6 +123,18 @@ class Sequence:
             self.constraint.append(token)
         if self.penalised:
             self.counts[token] = self.counts.get(token, 0) + 1
+        self._note_end(token)
+
+    def start_over(self) -> None:
+        """Forgets all but the tokens and what follows from them, wherever `append` was interrupted."""
+        self.pages, self.hashes, self.computed, self.slot, self.in_flight = [], [], 0, -1, 0
+        del self.logprobs[self.num_output :], self.logits[self.num_output :]
+        if self.penalised:
+            self.counts = dict(Counter(self.output))
+        if self.num_output and self.finish_reason is None:
+            self._note_end(self.tokens[-1])
+
+    def _note_end(self, token: int) -> None:
         count = len(self.tokens) - len(self.prompt)
         if token in self.stop_ids and count >= self.params.min_tokens:
             self.finish_reason = "stop"
