@@ -1,0 +1,303 @@
+"""OpenAI's HTTP API over one LLM."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
+
+from jaxdet.engine.sequence import Constraint
+from jaxdet.grammar import JsonGrammars
+from jaxdet.llm import LLM, Prompt
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.server.errors import ApiError, install_handlers
+from jaxdet.server.limits import Limits
+from jaxdet.server.loop import EngineLoop, Job
+from jaxdet.server.metrics import Metrics
+from jaxdet.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Prompts,
+    Sampling,
+    ScoreRequest,
+    TokenizeRequest,
+)
+from jaxdet.server.responses import Answer, count_usage
+from jaxdet.server.stream import DisconnectedError, EventStream, collect
+from pallas_kernels.backend import platform_key
+from pallas_kernels.numerics import NUMERICS_VERSION
+
+log = logging.getLogger("jaxdet.server")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the server lets its clients do."""
+
+    served_model_name: str | None = None
+    """The model's own name by default."""
+    api_keys: Sequence[str] = ()
+    """Without any, everybody may use the server."""
+    max_tokens: int | None = None
+    """The most tokens that one completion may have; None: what max_model_len leaves."""
+    max_waiting: int = 256
+    """Sequences that may wait; more get 429."""
+    max_body_bytes: int = 4 * 2**20
+    timeout: float = 600.0
+    """Seconds that an answer may take."""
+    allow_origins: Sequence[str] = ()
+    """Web pages that may use the server (CORS)."""
+    log_prompts: bool = False
+
+
+def fingerprint(llm: LLM) -> str:
+    """Digest of everything that answers depend on: servers with the same one give the same bits."""
+    tokenizer = llm.tokenizer
+    facts = {
+        "weights": llm.weights_digest,
+        "numerics_version": NUMERICS_VERSION,
+        "backend": llm.engine.step_fn.backend,
+        "platform": platform_key(),
+        "dtype": llm.dtype,
+        "seed": llm.engine.seed,
+        "max_model_len": llm.max_model_len,
+        "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
+        "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_ids, tokenizer.add_bos],
+        "chat_template": tokenizer.chat_template,
+        "llguidance": importlib.metadata.version("llguidance"),
+    }
+    return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def create_app(llm: LLM, settings: Settings) -> FastAPI:
+    """The server's app; it owns the LLM from now on."""
+    metrics = Metrics()
+    loop = EngineLoop(llm, metrics, max_waiting=settings.max_waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loop.start()
+        yield
+        await loop.stop()
+
+    app = FastAPI(
+        title="jaxdet",
+        version=importlib.metadata.version("jaxdet"),
+        lifespan=lifespan,
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(
+        Limits, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes, metrics=metrics
+    )
+    if settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    install_handlers(app)
+    service = _Service(llm, loop, settings)
+    for method, path, endpoint in (
+        ("GET", "/v1/models", service.models),
+        ("GET", "/v1/models/{model:path}", service.model),
+        ("POST", "/v1/completions", service.completions),
+        ("POST", "/v1/chat/completions", service.chat_completions),
+        ("POST", "/v1/score", service.score),
+        ("POST", "/tokenize", service.tokenize),
+        ("POST", "/detokenize", service.detokenize),
+        ("GET", "/health", service.health),
+        ("GET", "/ready", service.ready),
+    ):
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        body = metrics.render(await loop.call(LLM.stats), loop.open_sequences)
+        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+class _Service:
+    """The endpoints."""
+
+    def __init__(self, llm: LLM, loop: EngineLoop, settings: Settings):
+        self._llm, self._loop, self._settings = llm, loop, settings
+        self._name = settings.served_model_name or llm.name
+        self._fingerprint = fingerprint(llm)
+        self._vocab_size = llm.engine.step_fn.config.vocab_size
+
+    @functools.cached_property
+    def _grammars(self) -> JsonGrammars:
+        return JsonGrammars(self._llm.tokenizer, self._vocab_size)
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._model_card()]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        self._check_model(model)
+        return self._model_card()
+
+    async def completions(self, body: CompletionRequest, http: Request) -> Any:
+        self._check_model(body.model)
+        params = body.sampling_params(max_tokens=self._max_tokens(body.max_tokens), logprobs=body.logprobs)
+        prompts = await run_in_threadpool(self._encode, body.prompt)
+        return await self._answer("text_completion", body, prompts, params, body.logprobs, http)
+
+    async def chat_completions(self, body: ChatCompletionRequest, http: Request) -> Any:
+        self._check_model(body.model)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs; set it to true", param="top_logprobs")
+        wanted = (body.top_logprobs or 0) if body.logprobs else None
+        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        params = body.sampling_params(max_tokens=self._max_tokens(most), logprobs=wanted)
+        prompt = await run_in_threadpool(self._llm.chat_prompt, **body.template_arguments())
+        return await self._answer("chat.completion", body, [prompt], params, wanted, http)
+
+    async def score(self, body: ScoreRequest, http: Request) -> Any:
+        self._check_model(body.model)
+        prompts = await run_in_threadpool(self._encode, body.input)
+        submit = [
+            functools.partial(LLM.submit_score, token_ids=prompt["prompt_token_ids"]) for prompt in prompts
+        ]
+        job = Job(submit, len(submit), score=True)
+        await self._loop.open(job)
+        try:
+            scores = await collect(self._loop, job, http, self._settings.timeout)
+        except DisconnectedError:
+            return _nobody()
+        data = [
+            {
+                "index": index,
+                "object": "score",
+                "token_ids": score.token_ids,
+                "token_logprobs": [None, *score.logprobs],
+            }
+            for index, score in enumerate(scores)
+        ]
+        used = count_usage(sum(len(s.token_ids) for s in scores), 0, 0)
+        return {
+            "object": "list",
+            "model": self._name,
+            "system_fingerprint": self._fingerprint,
+            "data": data,
+            "usage": used,
+        }
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            self._check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "prompt or messages must be given, and not both; leave one out")
+        if body.prompt is not None:
+            tokens = await run_in_threadpool(
+                self._llm.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
+            )
+        else:
+            messages = [message.for_template() for message in body.messages or ()]
+            tokens = (await run_in_threadpool(self._llm.chat_prompt, messages))["prompt_token_ids"]
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self._llm.max_model_len}
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            self._check_model(body.model)
+        if any(token >= self._vocab_size for token in body.tokens):
+            raise ApiError(400, f"tokens must be in [0, {self._vocab_size}); check the tokenizer")
+        decode = functools.partial(self._llm.tokenizer.decode, skip_special_tokens=False)
+        return {"prompt": await run_in_threadpool(decode, body.tokens)}
+
+    async def health(self) -> JSONResponse:
+        return _state(self._loop.running and self._loop.healthy)
+
+    async def ready(self) -> JSONResponse:
+        """Whether another request would be taken now."""
+        return _state(
+            self._loop.running and self._loop.healthy and self._loop.open_sequences < self._loop.capacity
+        )
+
+    async def _answer(
+        self,
+        kind: str,
+        body: Sampling,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        logprobs: int | None,
+        http: Request,
+    ) -> Any:
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options needs stream; set it to true", param="stream_options")
+        constraint = await run_in_threadpool(self._constraint, body)
+        if self._settings.log_prompts:
+            log.info("prompts: %s", json.dumps(prompts))
+        submit = [
+            functools.partial(LLM.submit, prompt=prompt, sampling_params=params, constraint=constraint)
+            for prompt in prompts
+        ]
+        job = Job(submit, len(submit) * params.n, stream=bool(body.stream))
+        await self._loop.open(job)
+        answer = Answer(kind, self._name, self._fingerprint, logprobs)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventStream(self._loop, job, answer, usage=usage, timeout=self._settings.timeout)
+        try:
+            outputs = await collect(self._loop, job, http, self._settings.timeout)
+        except DisconnectedError:
+            return _nobody()
+        return JSONResponse(answer.whole(outputs))
+
+    def _constraint(self, body: Sampling) -> Constraint | None:
+        schema = None if body.response_format is None else body.response_format.schema_of_answer()
+        return None if schema is None else self._grammars.compile(schema)
+
+    def _encode(self, prompts: Prompts) -> list[dict[str, Any]]:
+        listed: Any = prompts if isinstance(prompts, list) and not isinstance(prompts[0], int) else [prompts]
+        encode = self._llm.tokenizer.encode
+        return [
+            {"prompt": p, "prompt_token_ids": encode(p)} if isinstance(p, str) else {"prompt_token_ids": p}
+            for p in listed
+        ]
+
+    def _max_tokens(self, asked: int | None) -> int | None:
+        most = self._settings.max_tokens
+        if asked is not None and most is not None and asked > most:
+            raise ApiError(
+                400, f"max_tokens={asked} must be at most {most} here; ask for fewer", param="max_tokens"
+            )
+        return most if asked is None else asked
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name:
+            raise ApiError(
+                404,
+                f"model {name!r} isn't served here; use {self._name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _model_card(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "jaxdet",
+            "max_model_len": self._llm.max_model_len,
+            "system_fingerprint": self._fingerprint,
+        }
+
+
+def _state(fine: bool) -> JSONResponse:
+    return JSONResponse({"status": "ok" if fine else "unavailable"}, 200 if fine else 503)
+
+
+def _nobody() -> Response:
+    """The client closed the connection: nobody sees this."""
+    return Response(status_code=499)

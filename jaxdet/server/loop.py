@@ -1,0 +1,261 @@
+"""The one thread that runs the engine; asyncio hands it jobs and gets their results back."""
+
+import asyncio
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple
+
+from jaxdet.llm import LLM, Request
+from jaxdet.outputs import RequestOutput, ScoreOutput
+from jaxdet.server.errors import ApiError
+from jaxdet.server.metrics import Metrics
+
+log = logging.getLogger("jaxdet.server")
+
+MOST_FAILURES = 3
+"""Steps that may fail in a row before the requests in them are given up."""
+
+
+class Update(NamedTuple):
+    """What one prompt of a job has got; `place` says which."""
+
+    place: int
+    output: RequestOutput | ScoreOutput
+    last: bool
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """The prompts of one HTTP request.
+
+    Args:
+        submit: hands one prompt each to the engine, in its thread.
+        size: sequences it runs.
+        stream: tell of every step, not of the end alone.
+    """
+
+    submit: Sequence[Callable[[LLM], Request]]
+    size: int
+    stream: bool = False
+    score: bool = False
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    accepted: "asyncio.Future[None]" = dataclasses.field(init=False)
+    updates: "asyncio.Queue[Update | Exception]" = dataclasses.field(default_factory=asyncio.Queue)
+    closed: bool = False
+
+
+class _Live(NamedTuple):
+    job: Job
+    place: int
+
+
+class EngineLoop:
+    """Runs an LLM for many clients. Its methods are for one asyncio loop, except those that say otherwise.
+
+    Args:
+        llm: nobody else may use it from now on.
+        max_waiting: sequences that may wait beside those that run; more are turned away.
+    """
+
+    def __init__(self, llm: LLM, metrics: Metrics, *, max_waiting: int):
+        self._llm, self._metrics = llm, metrics
+        self.capacity = llm.engine.scheduler.max_num_seqs + max_waiting
+        self.open_sequences = 0
+        self.healthy = True
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._live: dict[Request, _Live] = {}
+        self._seen: dict[Request, float] = {}
+        """When each request last got a token."""
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._asyncio = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after the step it is in; what still runs gets no answer."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def open(self, job: Job) -> None:
+        """Queues a job; `close` must follow, whatever happens after.
+
+        Raises:
+            ApiError: too much waits already, or would ever fit.
+            ValueError: the engine refuses a prompt.
+        """
+        if job.size > self.capacity:
+            raise ApiError(
+                400,
+                f"the request asks for {job.size} sequences and at most {self.capacity} fit; ask for fewer",
+            )
+        if self.open_sequences + job.size > self.capacity:
+            raise ApiError(
+                429,
+                f"{self.open_sequences} of {self.capacity} sequences are taken; try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+        self.open_sequences += job.size
+        job.accepted = self._asyncio.create_future()
+        self._inbox.put(lambda: self._admit(job))
+        try:
+            await job.accepted
+        except BaseException:
+            self.close(job)
+            raise
+
+    def close(self, job: Job) -> None:
+        """Ends whatever of the job still runs and frees its pages; may be called twice."""
+        if not job.closed:
+            job.closed = True
+            self.open_sequences -= job.size
+            self._inbox.put(lambda: self._cancel(job))
+
+    async def updates(self, job: Job) -> AsyncIterator[Update]:
+        """Everything that the job's prompts get, until all of them have ended.
+
+        Raises:
+            Exception: what one of its prompts failed with.
+        """
+        left = len(job.submit)
+        while left:
+            update = await job.updates.get()
+            if isinstance(update, Exception):
+                raise update
+            left -= update.last
+            yield update
+
+    async def call[T](self, function: Callable[[LLM], T]) -> T:
+        """What a function says of the LLM between two steps."""
+        answer: asyncio.Future[T] = self._asyncio.create_future()
+
+        def run() -> None:
+            try:
+                self._tell(_resolve, answer, function(self._llm))
+            except Exception as error:
+                self._tell(_refuse, answer, error)
+
+        self._inbox.put(run)
+        return await answer
+
+    # From here on everything runs in the engine's thread.
+
+    def _run(self) -> None:
+        while True:
+            try:
+                act = self._inbox.get(block=not self._llm.engine.has_work)
+            except queue.Empty:
+                self._step()
+                continue
+            if act is None:
+                return
+            act()
+
+    def _admit(self, job: Job) -> None:
+        if job.closed:
+            return
+        for place, submit in enumerate(job.submit):
+            try:
+                self._live[submit(self._llm)] = _Live(job, place)
+            except Exception as error:
+                self._cancel(job)
+                self._tell(_refuse, job.accepted, error)
+                return
+        self._tell(_resolve, job.accepted, None)
+
+    def _cancel(self, job: Job) -> None:
+        for request in [request for request, live in self._live.items() if live.job is job]:
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        self._llm.abort(request)
+        self._live.pop(request, None)
+        self._seen.pop(request, None)
+
+    def _step(self) -> None:
+        try:
+            changed = self._llm.step()
+            self._failures, self.healthy = 0, True
+        except Exception:
+            # The engine starts everybody over, to the same bits. What it had found out before it failed isn't said.
+            log.exception("a step failed")
+            self._failures += 1
+            changed = list(self._live)
+            if self._failures == MOST_FAILURES:
+                self._failures, self.healthy = 0, False
+                for request in changed:
+                    self._give_up(request, RuntimeError("the engine failed"))
+                return
+        news: list[tuple[Job, Update]] = []
+        for request in changed:
+            if (live := self._live.get(request)) is not None:
+                try:
+                    self._report(request, live, news)
+                except Exception as error:
+                    self._give_up(request, error)
+        if news:
+            self._tell(_deliver, news)
+
+    def _report(self, request: Request, live: _Live, news: list[tuple[Job, Update]]) -> None:
+        job, place = live
+        if not job.score:
+            self._observe(request, job)
+        done = request.finished
+        if job.score:
+            output = request.score() if done else None
+        elif job.stream:
+            output = request.news()
+        else:
+            output = request.output() if done else None
+        if output is not None:
+            if any(s.finish_reason == "error" for s in request.sequences):
+                raise RuntimeError("the model's logits are not finite")
+            news.append((job, Update(place, output, done)))
+        if done:
+            self._forget(request)
+
+    def _observe(self, request: Request, job: Job) -> None:
+        now = time.perf_counter()
+        if (before := self._seen.get(request)) is None:
+            self._metrics.first_token.observe(now - job.began)
+        else:
+            self._metrics.inter_token.observe(now - before)
+        self._seen[request] = now
+        if request.finished:
+            self._metrics.duration.observe(now - job.began)
+
+    def _give_up(self, request: Request, error: Exception) -> None:
+        job = self._live[request].job
+        self._forget(request)
+        self._tell(job.updates.put_nowait, error)
+
+    def _tell(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            self._asyncio.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            log.debug("the event loop is closed")
+
+
+def _resolve[T](future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _refuse(future: asyncio.Future, error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _deliver(news: list[tuple[Job, Update]]) -> None:
+    for job, update in news:
+        job.updates.put_nowait(update)

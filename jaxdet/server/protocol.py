@@ -1,0 +1,220 @@
+"""The requests of OpenAI's API, and a few sampling parameters that it lacks.
+
+A field that would change the answer and isn't supported is refused, not ignored.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+from jaxdet.sampling_params import MAX_LOGPROBS, SamplingParams
+
+MAX_N = 128
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024
+MAX_BIASES = 1024
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Prompts = Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
+Object = dict[str, JsonValue]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class JsonSchema(Strict):
+    name: str
+    description: str | None = None
+    schema_: Object | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_answer(self) -> Object | None:
+        """The JSON schema that the answer must follow; None for text.
+
+        Raises:
+            ValueError: type is "json_schema" and there is none.
+        """
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            raise ValueError('response_format of type "json_schema" needs json_schema.schema; give one')
+        return self.json_schema.schema_
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted; no chunk is ever padded."""
+
+
+class Sampling(Strict):
+    """What completions and chat completions share."""
+
+    model: str
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    n: int | None = Field(1, ge=1, le=MAX_N)
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOPS)
+
+    # These say nothing about the answer.
+    user: str | None = None
+    metadata: Object | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The engine's parameters; null means OpenAI's default.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        return SamplingParams(
+            n=1 if self.n is None else self.n,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=self.stop or (),
+            logit_bias=self.logit_bias or {},  # pyright: ignore[reportArgumentType]
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=self.stop_token_ids or (),
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+        )
+
+
+class CompletionRequest(Sampling):
+    prompt: Prompts
+    max_tokens: int | None = 16
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: content is text, arguments of tool calls are objects."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        message: dict[str, Any] = {"role": self.role, "content": content or ""}
+        for name in ("name", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        if self.tool_calls:
+            message["tool_calls"] = [
+                call.model_dump() | {"function": {"name": f.name, "arguments": _arguments(f.arguments)}}
+                for call in self.tool_calls
+                for f in (call.function,)
+            ]
+        return message
+
+
+class Function(Strict):
+    name: str
+    description: str | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class ChatCompletionRequest(Sampling):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template gets."""
+        found: dict[str, Any] = {"messages": [message.for_template() for message in self.messages]}
+        if self.tools and self.tool_choice != "none":
+            found["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return found
+
+
+class ScoreRequest(Strict):
+    model: str
+    input: Prompts
+
+
+class TokenizeRequest(Strict):
+    """Either a text or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def _arguments(text: str) -> Any:
+    """A tool call's arguments: OpenAI has them as JSON in a string, templates want the object."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
