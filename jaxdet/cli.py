@@ -15,11 +15,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jaxdet.bench import expected, measure, render
 from jaxdet.checkpoints import open_checkpoint, save_checkpoint
 from jaxdet.checkpoints.demo import NAME as DEMO_MODEL
 from jaxdet.demo import run_demo
 from jaxdet.llm import LLM
 from jaxdet.models.registry import family_of
+from jaxdet.roofline.step import LABEL
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.verify import verify as run_verify
 from jaxdet.verify.hlo import lint_step
@@ -32,6 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+class Device(enum.StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+    tpu = "tpu"
 
 
 class Format(enum.StrEnum):
@@ -157,7 +165,8 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="The model's own name by default.")] = None,
     api_key: Annotated[
-        list[str] | None, typer.Option(envvar="JAXDET_API_KEY", help="May be repeated; open without any.")
+        list[str] | None,
+        typer.Option(envvar="JAXDET_API_KEY", help="May be repeated; without any, everybody may."),
     ] = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[
@@ -246,6 +255,35 @@ def verify(
         Console().print(report.render(), f"report: {output}")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: ModelArgument = DEMO_MODEL,
+    device: Annotated[
+        Device | None, typer.Option(help="What to measure; what JAX runs on by default.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences of a decode step; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measures decode steps and prefill, beside what the chip's limits allow."""
+    batches = batch or [1, 8]
+    if min(batches) < 1:
+        raise ValueError(f"batch={min(batches)} must be at least 1")
+    here = jax.default_backend()
+    absent = device is not None and device != here
+    if absent and device == Device.cpu:
+        raise ValueError(f"device=cpu, but JAX runs on {here} here; set JAX_PLATFORMS=cpu")
+    rows = expected(model, batches, device.value) if absent and device else measure(model, batches)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row))
+    else:
+        Console().print(render(rows))
+    if absent and device:
+        typer.echo(f"no {device.upper()} is here to measure: every figure is {LABEL}", err=as_json)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from openai import AsyncOpenAI, OpenAI
 from jaxdet.llm import LLM
 from jaxdet.server.app import Settings, create_app
 
-KEY = "a key of the tests"
+KEY = "a-key-of-the-tests"
 
 
 class Server:
