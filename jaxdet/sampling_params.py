@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_LOGPROBS = 20
 GREEDY_BELOW = 1e-5
+HOTTEST = 3e38
+"""About the largest float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class SamplingParams:
     def _check_ranges(self) -> None:
         checks = (
             ("n", self.n >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more, and finite"),
+            ("temperature", 0 <= self.temperature <= HOTTEST, "0 (greedy) or more, and finite in float32"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k >= -1, "0 or -1 (off), or at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),

@@ -60,6 +60,7 @@ MALFORMED = {
     "lone surrogate as model": rb'{"model": "\ud800", "prompt": "x"}',
     "lone surrogate as key": rb'{"model": "tiny", "prompt": "x", "\ud800": 1}',
     "NaN": b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+    "temperature beyond float32": b'{"model": "tiny", "prompt": "x", "temperature": 1e300}',
     "infinite bias": b'{"model": "tiny", "prompt": "x", "logit_bias": {"1": 1e999}}',
     "huge number": b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 5000 + b"}",
     "big seed": b'{"model": "tiny", "prompt": "x", "seed": 1' + b"0" * 40 + b"}",

@@ -149,7 +149,9 @@ class _Service:
 
     async def completions(self, body: CompletionRequest, http: Request) -> Any:
         self._check_model(body.model)
-        params = body.sampling_params(max_tokens=self._max_tokens(body.max_tokens), logprobs=body.logprobs)
+        params = body.sampling_params(
+            max_tokens=self._max_tokens(body.max_tokens, 16), logprobs=body.logprobs
+        )
         prompts = await run_in_threadpool(self._encode, body.prompt)
         return await self._answer("text_completion", body, prompts, params, body.logprobs, http)
 
@@ -159,7 +161,7 @@ class _Service:
             raise ApiError(400, "top_logprobs needs logprobs; set it to true", param="top_logprobs")
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        params = body.sampling_params(max_tokens=self._max_tokens(most), logprobs=wanted)
+        params = body.sampling_params(max_tokens=self._max_tokens(most, None), logprobs=wanted)
         prompt = await run_in_threadpool(self._llm.chat_prompt, **body.template_arguments())
         return await self._answer("chat.completion", body, [prompt], params, wanted, http)
 
@@ -266,13 +268,15 @@ class _Service:
             for p in listed
         ]
 
-    def _max_tokens(self, asked: int | None) -> int | None:
+    def _max_tokens(self, asked: int | None, default: int | None) -> int | None:
         most = self._settings.max_tokens
         if asked is not None and most is not None and asked > most:
             raise ApiError(
                 400, f"max_tokens={asked} must be at most {most} here; ask for fewer", param="max_tokens"
             )
-        return most if asked is None else asked
+        if asked is not None:
+            return asked
+        return min((limit for limit in (default, most) if limit is not None), default=None)
 
     def _check_model(self, name: str) -> None:
         if name != self._name:

@@ -20,6 +20,10 @@ Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 Prompts = Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
+Count = Annotated[int, Field(ge=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenKey = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Object = dict[str, JsonValue]
 
 
@@ -63,24 +67,24 @@ class Sampling(Strict):
     """What completions and chat completions share."""
 
     model: str
-    temperature: float | None = 1.0
-    top_p: float | None = 1.0
+    temperature: float | None = Field(1.0, ge=0)
+    top_p: float | None = Field(1.0, gt=0, le=1)
     n: int | None = Field(1, ge=1, le=MAX_N)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=2**64)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: dict[TokenKey, Bias] | None = Field(None, max_length=MAX_BIASES)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0
+    top_k: int = Field(0, ge=-1, lt=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
-    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOPS)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
 
     # These say nothing about the answer.
     user: str | None = None
@@ -118,7 +122,8 @@ class Sampling(Strict):
 
 class CompletionRequest(Sampling):
     prompt: Prompts
-    max_tokens: int | None = 16
+    max_tokens: Count | None = None
+    """16 without one, as OpenAI has it."""
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
@@ -178,8 +183,8 @@ class Tool(Strict):
 
 class ChatCompletionRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = None
