@@ -273,17 +273,17 @@ def bench(
     if min(batches) < 1:
         raise ValueError(f"batch={min(batches)} must be at least 1")
     here = jax.default_backend()
-    absent = device is not None and device != here
-    if absent and device == Device.cpu:
+    missing = None if device == here else device
+    if missing == Device.cpu:
         raise ValueError(f"device=cpu, but JAX runs on {here} here; set JAX_PLATFORMS=cpu")
-    rows = expected(model, batches, device.value) if absent and device else measure(model, batches)
+    rows = measure(model, batches) if missing is None else expected(model, batches, missing.value)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row))
     else:
         Console().print(render(rows))
-    if absent and device:
-        typer.echo(f"no {device.upper()} is here to measure: every figure is {LABEL}", err=as_json)
+    if missing is not None:
+        typer.echo(f"no {missing.upper()} is here to measure: every figure is {LABEL}", err=as_json)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""What a step should take on a chip, from shapes alone: expected, not measured."""
