@@ -39,7 +39,10 @@ class Chip:
         return sum(2 * d.count * _up(d.rows, m) * _up(d.k, k) * _up(d.n, n) for d in kernel.dots)
 
     def seconds(self, kernel: Kernel) -> dict[str, float]:
-        """One call's time on each unit, as if it were the only one; a call takes the longest of them."""
+        """One call's time on each unit, as if it were the only one; a call takes the longest of them.
+
+        A kernel on one of two cores is given half of everything, HBM's bandwidth too.
+        """
         share = 1 / self.cores if kernel.one_core else 1.0
         return {
             "HBM": kernel.bytes / (self.bandwidth * share),
