@@ -58,21 +58,21 @@ def test_control_one_weight_bit():
 
 @pytest.mark.slow
 def test_smollm2(demo_model):
-    """The same with real weights; a random model of one layer guesses in the third round."""
-    model, small = soak.load(demo_model, dtype=jnp.dtype("float32"), backend=None, max_model_len=512)
+    """The same with real weights."""
+    model, small = soak.load(demo_model, dtype=jnp.dtype("float32"), backend=None, max_model_len=384)
     poison = model.config.vocab_size - 2
     step = Step(soak.poisoned(model, poison))
     result = soak.soak(
-        soak.Engines(step, Step(small), model, small, LIMITS),
-        45,
+        soak.Engines(step, Step(small), model, small, LIMITS | {"max_model_len": 384}),
+        30,
         seed=2,
         poison=poison,
-        alone=45,
-        free_pages=8,
+        alone=30,
+        free_pages=7,
         rounds=("none", "ngram"),
     )
     print(result)
-    assert result["differing"] == 0 and result["alone"] == 45
+    assert result["differing"] == 0 and result["alone"] == 30
     assert all(r["preemptions"] and r["cancelled"] and r["poisoned"] for r in result["rounds"].values())
     assert result["rounds"]["ngram"]["drafted"]
 

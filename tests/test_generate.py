@@ -351,6 +351,10 @@ def test_bad_calls(llm, call, message):
         ("seed", -1),
         ("seed", 2**64),
         ("seed", None),
+        ("num_speculative_tokens", 0),
+        ("gpu_memory_utilization", 0),
+        ("gpu_memory_utilization", 1.1),
+        ("tensor_parallel_size", 2),
     ],
 )
 def test_bad_settings(folder, name, value):
@@ -376,3 +380,76 @@ def test_text_never_shows_half_a_character_or_a_stop_strings_start(llm):
     assert shown[:6] == ["a", "a", "a", "a€", "a€b", "a€b "]
     assert shown[6:11] == ["a€b ", "a€b ", "a€b ", "a€b ST", "a€b STOX "]
     assert set(shown[11:]) == {"a€b STOX "} and stream.stopped_by == "STOP"
+
+
+def test_requests_in_the_background(llm):
+    """Submitted among others, moved on by `step`, one aborted, one ended by a stop string."""
+    stop = completion(llm, PROMPT, SEEDED).text[9:12]
+    params = [SEEDED, SamplingParams(**vars(SEEDED) | {"stop": stop}), GREEDY]
+    expected = [completion(llm, PROMPT, each) for each in params]
+    requests = [llm.submit(PROMPT, each) for each in params]
+    lost = llm.submit("x" * 100, GREEDY, priority=-1)
+    told = llm.step()
+    llm.abort(lost)
+    while not all(request.finished for request in requests):
+        told += llm.step()
+    assert lost.output().outputs[0].finish_reason == "abort" and set(requests) <= set(told)
+    assert [request.output().outputs[0] for request in requests] == expected
+    for request in requests:
+        llm.abort(request)
+    assert not llm._live and not llm.engine.has_work
+
+
+def test_an_exception_in_one_consumer(llm):
+    """Whoever reads one stream fails; the other stream and its text go on."""
+    expected = completion(llm, "Other", SEEDED)
+    other = llm.stream("Other", SEEDED)
+    next(other)
+
+    def fail():
+        for part in llm.stream(PROMPT, GREEDY):
+            if len(part.outputs[0].token_ids) == 3:
+                raise RuntimeError("the consumer's own fault")
+
+    with pytest.raises(RuntimeError, match="own fault"):
+        fail()
+    assert list(other)[-1].outputs[0] == expected
+    assert not llm._live and not llm.engine.has_work
+
+
+def test_interrupted_call(llm, monkeypatch):
+    """Ctrl-C in a step ends that call; the next one works."""
+    expected = completion(llm, PROMPT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm.engine.scheduler, "schedule", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        generate(llm, [PROMPT, "Other"])
+    assert not llm._live and not llm.engine.has_work and completion(llm, PROMPT) == expected
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "model"])
+def test_guesses_change_nothing(folder, llm, drafter):
+    prompts = [PROMPT, "abcabcabcabcabc", "x" * 120]
+    params = SamplingParams(**vars(SEEDED) | {"logprobs": 2})
+    expected = llm.generate(prompts, params, use_tqdm=False)
+    guessing = LLM(
+        folder,
+        max_model_len=300,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        speculative_model="ngram" if drafter == "ngram" else folder,
+        num_speculative_tokens=1,
+    )
+    found = guessing.generate(prompts, params, use_tqdm=False)
+    assert [o.outputs for o in found] == [o.outputs for o in expected]
+    stats = guessing.stats()
+    assert stats.drafted_tokens and stats.accepted_tokens
+    assert stats.accepted_tokens == stats.drafted_tokens or drafter == "ngram"
+
+
+def test_stats_of_calls(llm):
+    before = llm.stats()
+    generate(llm, [PROMPT, PROMPT], max_tokens=5)
+    after = llm.stats()
+    assert after.output_tokens - before.output_tokens == 10
+    assert after.finished - before.finished == 2 and after.waiting == after.running == 0
+    assert after.prompt_tokens - before.prompt_tokens == 2 * len(llm.tokenizer.encode(PROMPT))
