@@ -18,7 +18,8 @@ from jaxdet.sampling_params import SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE
 
 MAX_SEQS, MAX_TOKENS, PREFILL_SEQS = 64, 512, 8
-BUCKETS = Buckets(MAX_SEQS, MAX_TOKENS, PREFILL_SEQS)
+BUCKETS = Buckets(MAX_SEQS, 2 * MAX_TOKENS, PREFILL_SEQS)
+"""Room for the reference and its neighbours in one step."""
 POOL = 80
 """Pages of the cache: one for each of 64 sequences, and some."""
 LENGTH, MODEL_LEN = 500, 512
