@@ -49,10 +49,10 @@ def first(tmp_path_factory, cache):
 def test_restart(first, cache):
     """From the compilation cache, and compiled anew under a user's own settings."""
     folder, expected = first
-    models = {p: p.stat().st_mtime_ns for p in cache.rglob("jit__hidden*-cache")}
+    models = {p: p.stat().st_mtime_ns for p in cache.rglob("jit__model*-cache")}
     assert models, "nothing was kept for the next process"
     assert start(folder, cache) == expected
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob("jit__hidden*-cache")} == models, "it compiled again"
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("jit__model*-cache")} == models, "it compiled again"
     assert start(folder, cache, **USERS) == expected
 
 
