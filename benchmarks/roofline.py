@@ -5,24 +5,12 @@ python benchmarks/roofline.py
 
 from pathlib import Path
 
-from serve_offline import CONFIG
-
 from jaxdet.models.registry import family_of
 from jaxdet.roofline.chips import CHIPS, GIB, MIB
 from jaxdet.roofline.step import LABEL, UTILIZATION, Decode, Estimate, Expected, Prefill, expect
+from jaxdet.testing import QWEN3_8B, SMOLLM2
 
-SMOLLM2 = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen3-8B": CONFIG | {"num_hidden_layers": 36}}
+MODELS = {"SmolLM2-135M": SMOLLM2, "Qwen3-8B": QWEN3_8B}
 CONTEXT = 1024
 WORKS = (*(Decode(rows, CONTEXT) for rows in (1, 8, 64, 256)), Prefill(2048))
 DETAILED = (Decode(64, CONTEXT), Prefill(2048))

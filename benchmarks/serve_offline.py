@@ -29,21 +29,8 @@ from jaxdet.baseline import Baseline, decoder_layer, lm_head
 from jaxdet.engine.compile_cache import use_compile_cache
 from jaxdet.engine.engine import Engine
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.testing import random_model
+from jaxdet.testing import QWEN3_8B, random_model
 
-CONFIG = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
 PROMPT, OUTPUT = 128, 128
 MODEL_LEN, PAGES = 8448, 3300
 DECODE = {"decode 1": 1, "decode 8": 8, "decode 64": 64, "decode 256": 256, "decode 1000": 1000}
@@ -77,7 +64,7 @@ class Bench:
         self.layers, self.rng = layers, np.random.default_rng(0)
         backend = "mosaic_gpu" if jax.devices()[0].compute_capability == "9.0" else "xla"
         model = random_model(
-            CONFIG | {"num_hidden_layers": layers},
+            QWEN3_8B | {"num_hidden_layers": layers},
             dtype=jnp.bfloat16,
             backend=backend,
             max_model_len=MODEL_LEN,
@@ -94,7 +81,7 @@ class Bench:
     def seconds(self, batch: int, prompt: int, output: int, *, same: bool = False) -> float:
         """Wall time of `batch` requests, from the first to the last token of all."""
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-        prompts = self.rng.integers(0, CONFIG["vocab_size"], (1 if same else batch, prompt)).tolist()
+        prompts = self.rng.integers(0, QWEN3_8B["vocab_size"], (1 if same else batch, prompt)).tolist()
         began = time.perf_counter()
         for i in range(batch):
             self.engine.add(prompts[0 if same else i], params)
@@ -122,8 +109,8 @@ class RandomCheckpoint:
     """Tensors drawn on the device when they are read."""
 
     def __init__(self, layers: int):
-        self.config = CONFIG | {"num_hidden_layers": layers}
-        c, d = CONFIG, CONFIG["head_dim"]
+        self.config = QWEN3_8B | {"num_hidden_layers": layers}
+        c, d = QWEN3_8B, QWEN3_8B["head_dim"]
         hidden, inner = c["hidden_size"], c["intermediate_size"]
         q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
         block = {"self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden)}
@@ -222,7 +209,7 @@ def ceilings() -> tuple[float, float]:
 
 def limit(name: str, layers: int, copy: float, flops: float) -> float:
     """The rate (or for completions the seconds) that the card's ceilings allow."""
-    c = CONFIG
+    c = QWEN3_8B
     hidden, inner, d = c["hidden_size"], c["intermediate_size"], c["head_dim"]
     heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
     block = hidden * (heads + 2 * kv) * d + heads * d * hidden + 3 * hidden * inner

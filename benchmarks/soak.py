@@ -40,26 +40,12 @@ from jaxdet.engine.step import Step
 from jaxdet.models.layers import DecoderLM
 from jaxdet.models.registry import build_model, family_of
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.testing import random_model
+from jaxdet.testing import QWEN3_8B, random_model
 from jaxdet.verify.report import environment
 from pallas_kernels.backend import resolve
 from pallas_kernels.matmul import op as matmul_op
 from pallas_kernels.numerics import PAGE_SIZE
 
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
 ROUNDS = ("none", "ngram", "model")
 """Who guesses."""
 TOP = 3

@@ -20,23 +20,11 @@ from flax import nnx
 from kernels import gpu_us, normal
 
 from jaxdet.models.layers import Batch
-from jaxdet.testing import random_model
+from jaxdet.testing import QWEN3_8B, random_model
 from pallas_kernels.numerics import PAGE_SIZE
 
-HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 4096, 12288, 151936, 32, 8, 128
-CONFIG = {
-    "model_type": "qwen3",
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": DIM,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
+HIDDEN, VOCAB, DIM = QWEN3_8B["hidden_size"], QWEN3_8B["vocab_size"], QWEN3_8B["head_dim"]
+HEADS, KV_HEADS = QWEN3_8B["num_attention_heads"], QWEN3_8B["num_key_value_heads"]
 STEPS = (
     ("decode", 1, 200),
     ("decode", 64, 200),
@@ -105,7 +93,10 @@ def main(layers: int, steps) -> None:
     )
     del big, square
     model = random_model(
-        CONFIG | {"num_hidden_layers": layers}, dtype=jnp.bfloat16, backend="mosaic_gpu", max_model_len=16384
+        QWEN3_8B | {"num_hidden_layers": layers},
+        dtype=jnp.bfloat16,
+        backend="mosaic_gpu",
+        max_model_len=16384,
     )
     graph, state = nnx.split(model)
 

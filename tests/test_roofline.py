@@ -11,7 +11,7 @@ import roofline
 import tpu_programs
 from jax.extend.core import jaxprs_in_params
 
-from jaxdet import bench
+from jaxdet import bench, testing
 from jaxdet.cli import main
 from jaxdet.models.registry import family_of
 from jaxdet.roofline import needed, sm90, tpu
@@ -31,7 +31,7 @@ def config_of(raw):
     return family_of(raw).read_config(raw)
 
 
-SMOLLM2, QWEN3 = config_of(tpu_programs.SMOLLM2), config_of(tpu_programs.QWEN3_8B)
+SMOLLM2, QWEN3 = config_of(testing.SMOLLM2), config_of(testing.QWEN3_8B)
 
 
 def grids(program) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:

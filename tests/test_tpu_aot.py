@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import pytest
 from tpu_chips import CHIPS, HBM, VMEM, compile_for, needs_libtpu
-from tpu_programs import BF16, KERNELS, SMOLLM2, hbm, kernels_called, shape, step_program, steps, vmem
+from tpu_programs import BF16, KERNELS, hbm, kernels_called, shape, step_program, steps, vmem
 
+from jaxdet.testing import SMOLLM2
 from jaxdet.verify.hlo import lint
 from pallas_kernels.attention.op import attention
 from pallas_kernels.numerics import PAGE_SIZE

@@ -8,7 +8,6 @@ import functools
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 from tpu_chips import CHIPS, Compiled, compile_for
 
 from jaxdet.models.layers import Batch
-from jaxdet.testing import random_model
+from jaxdet.testing import QWEN3_8B, SMOLLM2, random_model
 from pallas_kernels.attention.op import attention
 from pallas_kernels.matmul.op import gated_matmul, matmul, pack, pack_gated
 from pallas_kernels.numerics import PAGE_SIZE
@@ -26,31 +25,6 @@ from pallas_kernels.sample.op import SamplingRows, sample, token_logprobs
 
 TPU = "mosaic_tpu"
 F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
-SMOLLM2: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e5,
-    "tie_word_embeddings": True,
-}
-QWEN3_8B: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclasses.dataclass(frozen=True)
