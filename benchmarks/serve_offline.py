@@ -62,11 +62,10 @@ class Bench:
 
     def __init__(self, layers: int):
         self.layers, self.rng = layers, np.random.default_rng(0)
-        backend = "mosaic_gpu" if jax.devices()[0].compute_capability == "9.0" else "xla"
         model = random_model(
             QWEN3_8B | {"num_hidden_layers": layers},
             dtype=jnp.bfloat16,
-            backend=backend,
+            backend=None,
             max_model_len=MODEL_LEN,
         )
         self.engine = Engine(

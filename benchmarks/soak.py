@@ -38,11 +38,10 @@ from jaxdet.engine.engine import Engine
 from jaxdet.engine.sequence import Sequence
 from jaxdet.engine.step import Step
 from jaxdet.models.layers import DecoderLM
-from jaxdet.models.registry import build_model, family_of
+from jaxdet.models.registry import build_model
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.testing import QWEN3_8B, random_model
 from jaxdet.verify.report import environment
-from pallas_kernels.backend import resolve
 from pallas_kernels.matmul import op as matmul_op
 from pallas_kernels.numerics import PAGE_SIZE
 
@@ -309,15 +308,7 @@ def load(
     config = (QWEN3_8B if checkpoint is None else checkpoint.config) | (
         {"num_hidden_layers": layers} if layers else {}
     )
-    shape = family_of(config).read_config(config)
-    kernels = resolve(
-        backend,
-        dtype=dtype,
-        head_dim=shape.head_dim,
-        num_q_heads=shape.num_q_heads,
-        num_kv_heads=shape.num_kv_heads,
-    )
-    common = {"dtype": dtype, "backend": kernels, "max_model_len": max_model_len}
+    common = {"dtype": dtype, "backend": backend, "max_model_len": max_model_len}
     small = random_model(config | {"num_hidden_layers": 1}, **common)
     if checkpoint is None:
         return random_model(config, **common), small

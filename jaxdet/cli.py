@@ -20,7 +20,7 @@ from jaxdet.checkpoints import open_checkpoint, save_checkpoint
 from jaxdet.checkpoints.demo import NAME as DEMO_MODEL
 from jaxdet.demo import run_demo
 from jaxdet.llm import LLM
-from jaxdet.models.registry import family_of
+from jaxdet.models.registry import backend_of, family_of
 from jaxdet.roofline.step import LABEL
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.verify import verify as run_verify
@@ -305,8 +305,7 @@ def info(
             "parameters": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
             **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)},
         }
-        heads = {name: facts[name] for name in ("head_dim", "num_q_heads", "num_kv_heads")}
-        backend = resolve(None, dtype=jnp.dtype(dtype), **heads)
+        backend = backend_of(config, jnp.dtype(dtype), None)
     facts |= environment(backend, dtype)
     if as_json:
         typer.echo(json.dumps(facts, default=str))

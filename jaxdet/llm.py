@@ -24,7 +24,6 @@ from jaxdet.models.registry import build_model, family_of
 from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.text import TextStream
-from pallas_kernels.backend import resolve
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt_token_ids": [...]} / {"prompt": "..."}."""
@@ -471,19 +470,11 @@ class Request:
 
 def _load(checkpoint: Checkpoint, dtype: jnp.dtype, backend: str | None, max_model_len: int) -> DecoderLM:
     """The model of a checkpoint, on the device; a bar shows its tensors."""
-    shape = family_of(checkpoint.config).read_config(checkpoint.config)
-    kernels = resolve(
-        backend,
-        dtype=dtype,
-        head_dim=shape.head_dim,
-        num_q_heads=shape.num_q_heads,
-        num_kv_heads=shape.num_kv_heads,
-    )
     count, name = len(checkpoint.tensors), f"Loading {checkpoint.name}"
     with tqdm(total=count, desc=name, unit="tensor", disable=None, leave=False) as bar:
         source = _Watched(checkpoint, bar)
         return build_model(
-            source, checkpoint.config, dtype=dtype, backend=kernels, max_model_len=max_model_len
+            source, checkpoint.config, dtype=dtype, backend=backend, max_model_len=max_model_len
         )
 
 

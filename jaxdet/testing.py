@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxdet.models.layers import DecoderLM
-from jaxdet.models.registry import family_of
+from jaxdet.models.registry import backend_of, family_of
 from jaxdet.models.weights import Weights, tensor_shape
 from jaxdet.tokenizer import Tokenizer
 from pallas_kernels.matmul import op as matmul_op
@@ -109,16 +109,18 @@ def write_tiny_model(folder: str | Path, family: str = "llama", *, seed: int = 0
 
 
 def random_model(
-    config: dict[str, Any], *, dtype: jnp.dtype, backend: str, max_model_len: int, seed: int = 0
+    config: dict[str, Any], *, dtype: jnp.dtype, backend: str | None, max_model_len: int, seed: int = 0
 ) -> DecoderLM:
     """A model of any size, its weights drawn on the device (normal, standard deviation 0.02; norms 1, biases 0).
 
     Args:
         config: as a config.json; only shapes matter.
+        backend: see `backend_of`.
     """
     family = family_of(config)
     shape = family.read_config(config)
-    weights = _RandomWeights(_NoSource(), jnp.dtype(dtype), backend, shape, seed=seed)
+    kernels = backend_of(shape, dtype, backend)
+    weights = _RandomWeights(_NoSource(), jnp.dtype(dtype), kernels, shape, seed=seed)
     return family(weights, shape, max_model_len)
 
 
