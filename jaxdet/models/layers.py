@@ -25,20 +25,7 @@ KVCache = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, Hkv, PAGE_SIZE, D]."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "tokens",
-        "positions",
-        "slots",
-        "row_tables",
-        "row_lens",
-        "tables",
-        "query_start",
-        "seq_lens",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """The tokens of one step: R rows that are queries of their own, then the prompts of S sequences.

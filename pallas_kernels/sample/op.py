@@ -1,7 +1,6 @@
 """Choosing a token: a pure function of a row's logits, its request's parameters, its seed and its position."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,7 @@ from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.reduce import pin
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_k", "top_p", "min_p", "seed", "sample_index", "position"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
     """The sampling parameters of each row. Rows never influence one another."""
@@ -34,11 +29,7 @@ class SamplingRows:
     """Absolute position of the token being chosen."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["row", "id", "bias", "seen", "count", "repetition", "presence", "frequency"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adjustments:
     """Single logits that change before sampling: biases, bans and penalties, in one list for all rows."""
