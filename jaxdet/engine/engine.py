@@ -283,10 +283,9 @@ class Engine:
         Args:
             progress: show a bar.
         """
-        steps = [(self.step_fn, self._cache, self._last_tokens)]
-        if isinstance(self._drafter, ModelDrafter):
-            steps.append(self._drafter.programs)
-        compile_all(steps, self.buckets, self._table, progress=progress)
+        target = self.step_fn, self._cache, self._last_tokens
+        drafter = self._drafter.programs if isinstance(self._drafter, ModelDrafter) else None
+        compile_all(target, drafter, self.buckets, self._table, progress=progress)
         self._compiled_at_start = self._compiled
 
     @property

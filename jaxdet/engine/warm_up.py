@@ -23,17 +23,26 @@ MOST_THREADS = 16
 _shape: Any = jax.ShapeDtypeStruct
 
 
+Programs = tuple[Step, KVCache, jax.Array]
+"""A model with its cache and its last tokens, of which only shapes matter."""
+
+
 def compile_all(
-    steps: list[tuple[Step, KVCache, jax.Array]], buckets: Buckets, table: int, *, progress: bool
+    target: Programs, drafter: Programs | None, buckets: Buckets, table: int, *, progress: bool
 ) -> None:
     """Compiles the programs of every bucket.
 
     Args:
-        steps: each model with its cache and its last tokens, of which only shapes matter.
+        drafter: the small model that guesses, if there is one.
         table: length of a block table.
         progress: show a bar.
     """
-    jobs = [job for step in steps for job in _jobs(*step, buckets, table)]
+    jobs = [
+        *_model_jobs(*target, buckets, table, drawn=_sampled(buckets)),
+        *_request_jobs(target[0], buckets),
+    ]
+    if drafter is not None:  # it guesses for decoding rows alone, and nobody asks it for more than tokens
+        jobs += _model_jobs(*drafter, buckets, table, drawn=buckets.rows)
     with (
         concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool,
         tqdm(total=len(jobs), desc="Compiling", unit="program", disable=not progress) as bar,
@@ -47,30 +56,41 @@ def compile_all(
             raise
 
 
-def _jobs(
-    step: Step, cache: KVCache, last_tokens: jax.Array, buckets: Buckets, table: int
+def _sampled(buckets: Buckets) -> list[int]:
+    """How many rows of logits a step may have."""
+    return sorted({bucket.sampled for bucket in buckets.all()})
+
+
+def _model_jobs(
+    step: Step, cache: KVCache, last_tokens: jax.Array, buckets: Buckets, table: int, *, drawn: list[int]
 ) -> Iterator[Callable[[], object]]:
-    """What compiles the programs of one model, the slowest first."""
+    """What compiles a model, its choice of tokens from `drawn` rows, and copies of its pages; the slowest first."""
     compiler, of, bind = step.compiler(), _shape, functools.partial
     cache, last = jax.eval_shape(lambda: (cache, last_tokens))
-    vocab, top = step.config.vocab_size, min(MAX_LOGPROBS, step.config.vocab_size)
-    shapes = buckets.all()
-    for bucket in shapes:
+    for bucket in buckets.all():
         tokens = of((bucket.rows + bucket.tokens,), jnp.int32)
         yield bind(compiler.run, cache, last, tokens, _batch(bucket, table))
-    for size in sorted({bucket.sampled for bucket in shapes}):
-        logits, ids = of((size, vocab), jnp.float32), of((size,), jnp.int32)
+    for size in drawn:
+        logits, ids = of((size, step.config.vocab_size), jnp.float32), of((size,), jnp.int32)
         for rows in (None, _sampling_rows(size)):
             yield bind(compiler.draw, logits, rows, ids, last)
+    for size in COPY_BUCKETS:
+        yield bind(compiler.copy_pages, cache, *[of((size,), jnp.int32)] * 2)
+
+
+def _request_jobs(step: Step, buckets: Buckets) -> Iterator[Callable[[], object]]:
+    """What compiles the programs that requests ask for: adjusted and constrained logits, log-probabilities."""
+    compiler, of, bind = step.compiler(), _shape, functools.partial
+    vocab, top = step.config.vocab_size, min(MAX_LOGPROBS, step.config.vocab_size)
+    for size in _sampled(buckets):
+        logits, ids = of((size, vocab), jnp.float32), of((size,), jnp.int32)
         yield bind(compiler.logprobs, logits, ids, top=top)
         for length in ADJUSTMENT_BUCKETS:
             yield bind(compiler.adjust, logits, _adjustments(length))
         yield bind(compiler.restrict, logits, of((size, -(-vocab // 32)), jnp.uint32))
-    for size in sorted({bucket.rows + bucket.tokens for bucket in shapes}):
+    for size in sorted({bucket.rows + bucket.tokens for bucket in buckets.all()}):
         hidden = of((size, step.config.hidden_size), step.dtype)
         yield bind(compiler.score, hidden, of((size,), jnp.int32), top=top)
-    for size in COPY_BUCKETS:
-        yield bind(compiler.copy_pages, cache, *[of((size,), jnp.int32)] * 2)
 
 
 def _batch(bucket: Bucket, table: int) -> Batch:
