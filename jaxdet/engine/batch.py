@@ -69,21 +69,21 @@ def model_batch(plan: Plan, bucket: Bucket, table: int) -> tuple[Batch, np.ndarr
 
 def placed(plan: Plan, bucket: Bucket) -> Placed:
     """Every part with the row of its first token."""
-    found = []
-    for parts, at in ((plan.rows, 0), (plan.chunks, bucket.rows)):
-        for part in parts:
-            found.append((part, at))
-            at += part.count
-    return found
+    return _in_a_row(plan.rows, 0) + _in_a_row(plan.chunks, bucket.rows)
 
 
 def sampled(plan: Plan, bucket: Bucket) -> Placed:
     """Every part after which a token is chosen, with its first row of logits."""
-    found, row = [], 0
-    for part in plan.rows:
-        found.append((part, row))
-        row += part.count
-    return found + [(part, row) for row, part in enumerate(plan.chunks, bucket.rows) if part.samples]
+    chunks = [(part, row) for row, part in enumerate(plan.chunks, bucket.rows) if part.samples]
+    return _in_a_row(plan.rows, 0) + chunks
+
+
+def _in_a_row(parts: list[Part], at: int) -> Placed:
+    found = []
+    for part in parts:
+        found.append((part, at))
+        at += part.count
+    return found
 
 
 def sampling_rows(chosen: Placed, rows: int) -> SamplingRows | None:
@@ -138,15 +138,13 @@ def _adjusted(part: Part, drafts: list[int]) -> list[tuple[int, float, bool, int
     if position - len(sequence.prompt) < p.min_tokens:
         bias |= dict.fromkeys(sequence.stop_ids, -np.inf)
     touched = set(bias)
+    prompt = set(sequence.prompt) if p.repetition_penalty != 1 else set()
     counts = sequence.counts
     if sequence.penalised:
         if drafts:
             counts = Counter(counts)
             counts.update(drafts)
-        touched |= set(counts)
-        if p.repetition_penalty != 1:
-            touched |= set(sequence.prompt)
-    prompt = set(sequence.prompt) if p.repetition_penalty != 1 else set()
+        touched |= prompt | set(counts)
     penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
     return [
         (token, bias.get(token, 0.0), token in prompt or token in counts, counts.get(token, 0), *penalties)

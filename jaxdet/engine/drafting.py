@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdet.engine.batch import model_batch, sampled, sampling_rows, slots_of
+from jaxdet.engine.batch import KNOWN, model_batch, sampled, sampling_rows, slots_of
 from jaxdet.engine.buckets import Buckets
 from jaxdet.engine.scheduler import Part, Plan
 from jaxdet.engine.sequence import Sequence
@@ -90,7 +90,7 @@ class ModelDrafter:
         self._last = jnp.zeros(self._slots, jnp.int32)
 
     def follow(self, batch: Batch) -> None:
-        feed = np.full(batch.tokens.shape, -1, np.int32)
+        feed = np.full(batch.tokens.shape, KNOWN, np.int32)
         _, _, self._cache = self._step.run(self._cache, self._last, feed, batch)
 
     def copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
