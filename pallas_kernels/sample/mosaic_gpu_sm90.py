@@ -18,7 +18,8 @@ from jax import lax
 
 from pallas_kernels.compat import add_rounded, interpreting, pl, plgpu, require_hopper
 from pallas_kernels.reduce import pin
-from pallas_kernels.sample.xla import threefry2x32, token_logprobs
+from pallas_kernels.sample.int32 import HIGHEST, LOWEST, from_key, gumbel, noise_keys
+from pallas_kernels.sample.xla import INT32_MAX, token_logprobs
 
 __all__ = ["sample", "token_logprobs"]
 
@@ -27,9 +28,6 @@ LOADS = 4
 CHUNK = 4 * LOADS * PIECE
 SLOTS, SUMS, STEPS = 16, 128, 8
 ABOVE, TIED, ALL = 0, 1, SLOTS - 1
-LOWEST, HIGHEST = -(2**31) + 2**23 - 1, 2**31 - 2**23
-"""The keys of −inf and +inf; see `_from_key`."""
-LAST_ID = 2**31 - 1
 LOG2_E = math.log2(math.e)
 NOISE_MAX = 17.0
 """Above every Gumbel value: −log(−log(1 − 2^−24)) = 16.64."""
@@ -56,14 +54,9 @@ def sample(logits, rows):
 
 def _drawn(logits, peak, rows):
     common, by_k, by_p = edges(logits, peak, rows)
-    keys = threefry2x32(
-        (rows.seed[:, 0], rows.seed[:, 1]),
-        (rows.sample_index.astype(jnp.uint32), rows.position.astype(jnp.uint32)),
-    )
-    keys = (lax.bitcast_convert_type(key, jnp.int32) for key in keys)
     active = (rows.temperature > 0).astype(jnp.int32)
     best, first = _kernel(logits.shape, "draw", interpreting=interpreting())(
-        *common, *by_k, *by_p, active, *keys
+        *common, *by_k, *by_p, active, *noise_keys(rows)
     )
     return _earliest(best, first)
 
@@ -100,8 +93,8 @@ def edges(logits, peak, rows):
 def _earliest(best, ids):
     """Per row the id that goes with the largest of `best`, the lowest id of several."""
     top = jnp.max(best, axis=1, keepdims=True)
-    found = jnp.min(jnp.where(best == top, ids, LAST_ID), axis=1)
-    return jnp.where(found == LAST_ID, 0, found)
+    found = jnp.min(jnp.where(best == top, ids, INT32_MAX), axis=1)
+    return jnp.where(found == INT32_MAX, 0, found)
 
 
 def _vector(value):
@@ -111,11 +104,6 @@ def _vector(value):
 
 def _full(value, dtype=jnp.float32):
     return plgpu.layout_cast(jnp.full((PIECE,), value, dtype), VECTOR)
-
-
-def _from_key(key):
-    """The float32 that the int32 `key` stands for: float order is key order, with −0 just below +0."""
-    return lax.bitcast_convert_type(jnp.where(key < 0, key ^ jnp.int32(LAST_ID), key), jnp.float32)
 
 
 def _sweep(x_g, row, chunk, visit, state):
@@ -151,7 +139,7 @@ def _better(value, ids, state):
 def _write_best(best, first, value, best_g, first_g, row, chunk):
     """`value`'s largest, which is `best`'s unless a NaN is among it, and the lowest id of `best`'s."""
     best_g[row, chunk] = jnp.max(value)
-    earliest = jnp.where(best == _vector(jnp.max(best)), first, jnp.int32(LAST_ID))
+    earliest = jnp.where(best == _vector(jnp.max(best)), first, jnp.int32(INT32_MAX))
     first_g[row, chunk] = jnp.min(earliest)
 
 
@@ -192,7 +180,7 @@ def _peak(shape, _weigh, _last):
                 largest = jnp.maximum(largest, x)  # a NaN stays
             return best, first, largest
 
-        state = _full(-jnp.inf), _full(LAST_ID, jnp.int32), _full(-jnp.inf)
+        state = _full(-jnp.inf), _full(INT32_MAX, jnp.int32), _full(-jnp.inf)
         best, first, largest = _sweep(x_g, row, chunk, visit, state)
         _write_best(best, first, largest, best_g, first_g, row, chunk)
 
@@ -250,8 +238,8 @@ def _narrow(shape, weigh, last):
                 low_o[row], high_o[row], base_o[row], limit_o[row] = low, high, base, limit
 
             width = lax.shift_right_logical(high - low, jnp.int32(4)) + 1
-            edges = [_from_key(_vector(low + (j + 1) * width - 1)) for j in range(thresholds)]
-            bottom, top = _from_key(_vector(low)), _from_key(_vector(high))
+            edges = [from_key(_vector(low + (j + 1) * width - 1)) for j in range(thresholds)]
+            bottom, top = from_key(_vector(low)), from_key(_vector(high))
             scale, peak, floor = (_vector(ref[row]) for ref in (scale_g, peak_g, floor_g))
             edge, cut = _vector(edge_g[row]), _vector(cut_g[row])
 
@@ -304,7 +292,7 @@ def _cut(shape, weigh, _last):
             limit = limit_g[row]
             scale, peak, floor = (_vector(ref[row]) for ref in (scale_g, peak_g, floor_g))
             before, before_cut = _vector(edge_g[row]), _vector(cut_g[row])
-            edge = _from_key(_vector(low_g[row]))
+            edge = from_key(_vector(low_g[row]))
             edge_o[row] = jnp.max(edge)
             each = jnp.max(_weights(edge, edge == edge, peak, weigh))
 
@@ -339,30 +327,10 @@ def _cut(shape, weigh, _last):
                 steps = (shape[1] - 1).bit_length()
                 return lax.fori_loop(0, steps, halve, (jnp.int32(0), jnp.int32(shape[1] - 1)))[1]
 
-            cut_o[row] = lax.cond(count < tied, search, lambda: jnp.int32(LAST_ID))
+            cut_o[row] = lax.cond(count < tied, search, lambda: jnp.int32(INT32_MAX))
 
     out_type = jax.ShapeDtypeStruct(shape[:1], jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     return _launch(sample_cut, shape, out_type, [plgpu.SMEM((SLOTS,), jnp.float32)], per_row=True)
-
-
-def _gumbel(ids, key):
-    """`xla.gumbel` in int32, whose sums wrap as uint32's do."""
-
-    def rotate(x, turn):
-        return (x << turn) | lax.shift_right_logical(x, jnp.full_like(x, 32 - turn))
-
-    k0, k1 = key
-    schedule = (k0, k1, k0 ^ k1 ^ jnp.int32(0x1BD11BDA))
-    x, y = ids + k0, k1
-    for group in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            x = x + y
-            y = rotate(y, turn) ^ x
-        x = x + schedule[(group + 1) % 3]
-        y = y + schedule[(group + 2) % 3] + jnp.int32(group + 1)
-    bits = lax.shift_right_logical(x, jnp.full_like(x, 9))
-    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-23
-    return -jnp.log(-jnp.log(uniform))
 
 
 def _draw(shape, _weigh, _last):
@@ -388,7 +356,7 @@ def _draw(shape, _weigh, _last):
 
                 def draw(best, first):
                     for x, ids in kept:
-                        best, first = _better(add_rounded(x, _gumbel(ids, key), VECTOR), ids, (best, first))
+                        best, first = _better(add_rounded(x, gumbel(ids, key), VECTOR), ids, (best, first))
                     return best, first
 
                 # Most pieces hold nothing that any noise could lift above what was found.
@@ -397,7 +365,7 @@ def _draw(shape, _weigh, _last):
                     chance = jnp.where(x + NOISE_MAX > state[0], 1.0, chance)
                 return lax.cond(jnp.max(chance) > 0, draw, lambda *same: same, *state)
 
-            best, first = _sweep(x_g, row, chunk, visit, (_full(-jnp.inf), _full(LAST_ID, jnp.int32)))
+            best, first = _sweep(x_g, row, chunk, visit, (_full(-jnp.inf), _full(INT32_MAX, jnp.int32)))
             _write_best(best, first, best, best_g, first_g, row, chunk)
 
     return _launch(sample_draw, shape, _per_chunk(shape), approximate=False)

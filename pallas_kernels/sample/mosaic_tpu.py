@@ -15,7 +15,8 @@ from jax import lax
 from pallas_kernels.compat import pl, pltpu
 from pallas_kernels.numerics import WIDE_REDUCE_LANES
 from pallas_kernels.reduce import pin
-from pallas_kernels.sample.xla import threefry2x32
+from pallas_kernels.sample.int32 import HIGHEST, LOWEST, from_key, gumbel, noise_keys
+from pallas_kernels.sample.xla import INT32_MAX, lowest
 from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, round_up
 
 ROWS = 8
@@ -24,11 +25,8 @@ ROWS = 8
 MOST_TOKENS = 2**18
 """Rows of this length still fit vector memory."""
 
-LOWEST, HIGHEST = -(2**31) + 2**23 - 1, 2**31 - 2**23
-"""The keys of −inf and +inf; see `_from_key`."""
 EVERYTHING = 2.0**24
 """More than any number of tokens, and exact in float32."""
-INT32_MAX = 2**31 - 1
 
 
 def sample(logits, rows):
@@ -39,11 +37,7 @@ def sample(logits, rows):
     drawn = rows.temperature > 0
     temperature = jnp.where(drawn, rows.temperature, 1.0)
     numbers = _columns(temperature, rows.top_k.astype(jnp.float32), rows.top_p, rows.min_p)
-    keys = threefry2x32(
-        (rows.seed[:, 0], rows.seed[:, 1]),
-        (rows.sample_index.astype(jnp.uint32), rows.position.astype(jnp.uint32)),
-    )
-    keys = _columns(*(lax.bitcast_convert_type(key, jnp.int32) for key in keys))
+    keys = _columns(*noise_keys(rows))
     wanted = drawn, drawn & (rows.top_k > 0), drawn & (rows.top_p < 1)
     greedy, peak, token = _launch(_sample, logits, numbers, keys, wanted=wanted)
     return jnp.where(drawn, token, greedy), jnp.isfinite(lax.bitcast_convert_type(peak, jnp.float32))
@@ -161,24 +155,6 @@ def _within(logits_ref, vocab):
     return lambda at, ids: jnp.where(ids < vocab, logits_ref[:, at], -jnp.inf)
 
 
-def _from_key(key):
-    """The float32 that the int32 `key` stands for: float order is key order, with −0 just below +0."""
-    return lax.bitcast_convert_type(jnp.where(key < 0, key ^ jnp.int32(INT32_MAX), key), jnp.float32)
-
-
-def _lowest(holds, low, high, steps):
-    """Per row the smallest int32 in [low, high] from which on the monotone `holds` is true."""
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        yes = holds(middle)
-        return jnp.where(yes, low, middle + 1), jnp.where(yes, middle, high)
-
-    bounds = jnp.full((ROWS, 1), low, jnp.int32), jnp.full((ROWS, 1), high, jnp.int32)
-    return lax.fori_loop(0, steps, halve, bounds)[1]
-
-
 def _keep(x_ref, edge, last_id):
     """Drops, as −inf, what is below the edge or tied with it and past `last_id`."""
 
@@ -193,10 +169,10 @@ def _top_k(x_ref, k):
     width = x_ref.shape[1]
     wanted = jnp.where(k > 0, k, EVERYTHING)
     above = lambda edge: _count(width, lambda at, _: x_ref[:, at] > edge)  # noqa: E731
-    edge = _from_key(_lowest(lambda key: above(_from_key(key)) < wanted, LOWEST, HIGHEST, 32))
+    edge = from_key(lowest(lambda key: above(from_key(key)) < wanted, ROWS, LOWEST, HIGHEST, 32))
     left = wanted - above(edge)
     tied = lambda last: _count(width, lambda at, ids: (x_ref[:, at] == edge) & (ids <= last))  # noqa: E731
-    _keep(x_ref, edge, _lowest(lambda last: tied(last) >= left, 0, width - 1, width.bit_length()))
+    _keep(x_ref, edge, lowest(lambda last: tied(last) >= left, ROWS, 0, width - 1, width.bit_length()))
 
 
 def _top_p(x_ref, mass_ref, peak, p):
@@ -209,31 +185,12 @@ def _top_p(x_ref, mass_ref, peak, p):
     limit = jnp.where(p < 1, _sum(width, lambda at, _: mass_ref[:, at]) * p, jnp.inf)
     # Rounding is monotone, so a sum with fewer terms is never larger and bisection is exact.
     above = lambda edge: _sum(width, lambda at, _: jnp.where(x_ref[:, at] > edge, mass_ref[:, at], 0.0))  # noqa: E731
-    edge = _from_key(_lowest(lambda key: above(_from_key(key)) < limit, LOWEST, HIGHEST, 32))
+    edge = from_key(lowest(lambda key: above(from_key(key)) < limit, ROWS, LOWEST, HIGHEST, 32))
     beyond = above(edge)
     mass, _ = _best(width, lambda at, _: jnp.where(x_ref[:, at] == edge, mass_ref[:, at], 0.0))
     before = lambda last: _count(width, lambda at, ids: (x_ref[:, at] == edge) & (ids < last))  # noqa: E731
     full = lambda last: beyond + mass * before(last) >= limit  # noqa: E731
-    _keep(x_ref, edge, _lowest(full, 1, width, width.bit_length()) - 1)
-
-
-def _gumbel(ids, key):
-    """`xla.gumbel` with int32 in place of uint32."""
-
-    def rotate(x, turn):
-        return (x << turn) | lax.shift_right_logical(x, jnp.full_like(x, 32 - turn))
-
-    k0, k1 = key
-    schedule = (k0, k1, k0 ^ k1 ^ jnp.int32(0x1BD11BDA))
-    x, y = ids + k0, jnp.broadcast_to(k1, ids.shape)
-    for group in range(5):
-        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            x = x + y
-            y = rotate(y, turn) ^ x
-        x = x + schedule[(group + 1) % 3]
-        y = y + schedule[(group + 2) % 3] + jnp.int32(group + 1)
-    uniform = (lax.shift_right_logical(x, jnp.full_like(x, 9)).astype(jnp.float32) + 0.5) * 2.0**-23
-    return -jnp.log(-jnp.log(uniform))
+    _keep(x_ref, edge, lowest(full, ROWS, 1, width, width.bit_length()) - 1)
 
 
 def _write(out_ref, *columns):
@@ -285,7 +242,7 @@ def _sample(
             _top_p(x_ref, mass_ref, largest, top_p)
 
         key = keys_ref[:, :1], keys_ref[:, 1:2]
-        _, token = _best(width, lambda at, ids: x_ref[:, at] + _gumbel(ids, key))
+        _, token = _best(width, lambda at, ids: x_ref[:, at] + gumbel(ids, key))
         _write(out_ref, greedy, _bits(peak), token)
 
 

@@ -51,8 +51,8 @@ def _ordered(x):
     return jnp.where(bits < 0, bits ^ INT32_MAX, bits)
 
 
-def _lowest(holds, rows):
-    """Smallest int32 per row for which the monotone predicate `holds([rows, 1]) -> [rows, 1]` is true."""
+def lowest(holds, rows, low, high, steps):
+    """Smallest int32 per row in [low, high] from which on the monotone `holds([rows, 1]) -> [rows, 1]` is true."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -60,15 +60,15 @@ def _lowest(holds, rows):
         yes = holds(middle)
         return jnp.where(yes, low, middle + 1), jnp.where(yes, middle, high)
 
-    start = jnp.full((rows, 1), INT32_MIN, jnp.int32), jnp.full((rows, 1), INT32_MAX, jnp.int32)
-    return lax.fori_loop(0, 32, halve, start)[1]
+    start = jnp.full((rows, 1), low, jnp.int32), jnp.full((rows, 1), high, jnp.int32)
+    return lax.fori_loop(0, steps, halve, start)[1]
 
 
 def _top_k(x, keep, k):
     wanted = jnp.where(k > 0, k, x.shape[1])[:, None]
     key = jnp.where(keep, _ordered(x), INT32_MIN)
     above = lambda t: jnp.sum(key > t, axis=1, keepdims=True, dtype=jnp.int32)  # noqa: E731
-    edge = _lowest(lambda t: above(t) < wanted, x.shape[0])
+    edge = lowest(lambda t: above(t) < wanted, x.shape[0], INT32_MIN, INT32_MAX, 32)
     tied = key == edge
     rank = jnp.cumsum(tied, axis=1, dtype=jnp.int32)
     return keep & ((key > edge) | (tied & (rank <= wanted - above(edge))))
@@ -80,7 +80,7 @@ def _top_p(x, peak, keep, p):
     key = jnp.where(keep, _ordered(x), INT32_MIN)
     # Rounding is monotone, so a sum with fewer terms is never larger and bisection is exact.
     above = lambda t: row_sum(jnp.where(key > t, mass, 0.0))  # noqa: E731
-    edge = _lowest(lambda t: above(t) < limit, x.shape[0])
+    edge = lowest(lambda t: above(t) < limit, x.shape[0], INT32_MIN, INT32_MAX, 32)
     tied = key == edge
     before = pin(mass * (jnp.cumsum(tied, axis=1, dtype=jnp.int32) - 1))
     kept = keep & ((key > edge) | (tied & (above(edge) + before < limit)))
