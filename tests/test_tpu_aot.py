@@ -1,13 +1,16 @@
 """Every TPU kernel, and whole steps of two models, compiled for chips that are not here."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tpu_chips import CHIPS, HBM, VMEM, compile_for, needs_libtpu
 from tpu_programs import BF16, KERNELS, hbm, kernels_called, shape, step_program, steps, vmem
 
+from jaxdet.engine.compile_cache import use_compile_cache
 from jaxdet.testing import SMOLLM2
 from jaxdet.verify.hlo import lint
 from pallas_kernels.attention.op import attention
+from pallas_kernels.compat import reset_compilation_cache
 from pallas_kernels.numerics import PAGE_SIZE
 
 pytestmark = [pytest.mark.tpu_aot, needs_libtpu]
@@ -87,3 +90,21 @@ def test_arithmetic_of_xlas_own_is_found(own):
     compiled = compile_for("v5e", own, shape(256, 256))
     with pytest.raises(AssertionError, match="Finding"):
         assert_pinned_and_fits(compiled, "v5e")
+
+
+def test_a_kept_program_is_no_obstacle(monkeypatch, tmp_path):
+    """JAX keeps a program for a TPU that isn't here, and can't read it again: a second run must not try."""
+    settings = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in settings}
+    monkeypatch.setenv("JAXDET_CACHE", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        use_compile_cache()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for _ in range(2):
+            jax.clear_caches()  # as in a new process
+            assert kernels_called(KERNELS[0].compile("v5e")) == 1
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_compilation_cache()

@@ -5,12 +5,15 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import pytest
 from jax.experimental import topologies
+
+from pallas_kernels.compat import reset_compilation_cache
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 VMEM = {"v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}
@@ -43,10 +46,23 @@ def compile_for(chip: str, function, *operands, donate_argnums=()) -> Compiled:
     place = jax.sharding.SingleDeviceSharding(device)
     operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
     started = time.perf_counter()
-    with pretending(chip):
+    with pretending(chip), _nothing_kept():
         traced = jax.jit(function, donate_argnums=donate_argnums).trace(*operands)
         program = traced.lower(lowering_platforms=("tpu",)).compile()
     return Compiled(program, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """JAX would keep the program on disk, and fail to read it the next time: that takes the chip itself."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_compilation_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_compilation_cache()
 
 
 def pretending(chip: str) -> contextlib.AbstractContextManager:
