@@ -85,7 +85,7 @@ def test_chat_goes_on_after_a_turn_that_is_too_long(jaxdet, tiny):
 
 
 def test_what_nobody_expected_is_one_line_too(jaxdet, tiny, monkeypatch):
-    monkeypatch.setattr("jaxdet.cli.open_checkpoint", lambda src, **_: {}[src])
+    monkeypatch.setattr("jaxdet.cli.models.open_checkpoint", lambda src, **_: {}[src])
     done = jaxdet("info", "tiny")
     assert done.stderr.startswith("jaxdet: KeyError: 'tiny' (unexpected;") and done.stderr.count("\n") == 1
 

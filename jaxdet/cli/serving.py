@@ -1,0 +1,61 @@
+"""`jaxdet serve`."""
+
+from typing import Annotated
+
+import typer
+
+from jaxdet.cli.options import DEMO_MODEL, Backend, Dtype, MaxModelLen, ModelArgument
+from jaxdet.llm import LLM
+
+
+def serve(
+    model: ModelArgument = DEMO_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="The model's own name by default.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="JAXDET_API_KEY", help="May be repeated; without any, everybody may."),
+    ] = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences at once; 64 on a CPU, 256 elsewhere.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The most tokens of one completion.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(help="Larger bodies get 413.")] = 4 * 2**20,
+    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
+    drain: Annotated[int, typer.Option(help="Seconds that requests have to end after SIGTERM.")] = 60,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages that may use the server; may be repeated.")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of requests that bring none.")] = 0,
+    dtype: Dtype = "auto",
+    backend: Backend = None,
+) -> None:
+    """An OpenAI-compatible server; SIGTERM lets running requests end first."""
+    try:
+        from jaxdet.server.app import Settings
+        from jaxdet.server.run import run_server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}; pip install 'jaxdet[serve]'") from None
+    settings = Settings(
+        served_model_name=served_model_name,
+        api_keys=api_key or (),
+        max_tokens=max_tokens,
+        max_waiting=max_waiting,
+        max_body_bytes=max_body_bytes,
+        timeout=timeout,
+        allow_origins=allow_origin or (),
+        log_prompts=log_prompts,
+    )
+    llm = LLM(
+        model,
+        dtype=dtype,
+        backend=backend,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        seed=seed,
+    )
+    run_server(llm, settings, host=host, port=port, drain=drain)
