@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import platform
 import sys
 import threading
@@ -22,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 import uvicorn
-from openai import AsyncOpenAI
 
 from jaxdet.llm import LLM
 from jaxdet.sampling_params import SamplingParams
@@ -34,65 +34,78 @@ def requests_of(llm: LLM, count: int, prompt: int) -> list[list[int]]:
     return rng.integers(0, llm.tokenizer.vocab_size, (count, prompt)).tolist()
 
 
-def serve(llm: LLM) -> tuple[uvicorn.Server, threading.Thread, str]:
+def serve(llm: LLM) -> tuple[uvicorn.Server, threading.Thread, int]:
     server = uvicorn.Server(uvicorn.Config(create_app(llm, Settings()), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    return server, thread, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    return server, thread, server.servers[0].sockets[0].getsockname()[1]
+
+
+def cpu_seconds(thread: threading.Thread) -> float:
+    """CPU time of a thread so far."""
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def load(*arguments: Any) -> dict[str, Any]:
     return asyncio.run(_load(*arguments))
 
 
-async def _load(url: str, model: str, prompts: list[list[int]], output: int, clients: int) -> dict[str, Any]:
-    """All prompts, `clients` at a time."""
+async def _load(
+    host: str, port: int, model: str, prompts: list[list[int]], output: int, clients: int
+) -> dict[str, Any]:
+    """All prompts, `clients` at a time. What arrives is only noted: reading JSON would take the server's time."""
     gate = asyncio.Semaphore(clients)
-    first, between, texts = [], [], [""] * len(prompts)
+    arrivals: list[list[tuple[float, bytes]]] = [[] for _ in prompts]
 
     async def one(place: int, prompt: list[int]) -> None:
+        body = {"model": model, "prompt": prompt, "max_tokens": output, "seed": place}
+        payload = json.dumps(body | {"stream": True, "ignore_eos": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         async with gate:
-            before = time.perf_counter()
-            stream = await client.completions.create(
-                model=model,
-                prompt=prompt,
-                max_tokens=output,
-                seed=place,
-                stream=True,
-                extra_body={"ignore_eos": True},
+            arrivals[place].append((time.perf_counter(), b""))
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(
+                f"{head}Connection: close\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload
             )
-            times = first
-            async for chunk in stream:
-                now = time.perf_counter()
-                times.append(now - before)
-                before, times = now, between
-                texts[place] += chunk.choices[0].text
+            while data := await reader.read(2**16):
+                arrivals[place].append((time.perf_counter(), data))
+            writer.close()
 
-    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600) as client:
-        began = time.perf_counter()
-        await asyncio.gather(*(one(*pair) for pair in enumerate(prompts)))
-        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    await asyncio.gather(*(one(*pair) for pair in enumerate(prompts)))
+    seconds = time.perf_counter() - began
+    first, between, texts, count = [], [], [], 0
+    for found in arrivals:
+        times = [when for when, data in found if not data or b"data: " in data]
+        first.append(times[1] - times[0])
+        between += np.diff(times[1:]).tolist()
+        lines = b"".join(data for _, data in found).splitlines()
+        events = [line[6:] for line in lines if line.startswith(b"data: {")]
+        count += len(events)
+        texts.append("".join(json.loads(event)["choices"][0]["text"] for event in events))
 
     def percentile(values: list[float], p: float) -> float:
         return round(float(np.percentile(values, p)) * 1e3, 2)
 
     return {
         "tokens_per_second": round(len(prompts) * output / seconds, 1),
+        "tokens_per_event": round(len(prompts) * output / count, 2),
         "ttft_ms": {f"p{p}": percentile(first, p) for p in (50, 99)},
-        "inter_token_ms": {f"p{p}": percentile(between, p) for p in (50, 99)},
+        "between_ms": {f"p{p}": percentile(between, p) for p in (50, 99)},
         "texts": texts,
     }
 
 
-def offline(llm: LLM, prompts: list[list[int]], output: int) -> tuple[float, list[str]]:
-    """Output tokens a second of all prompts at once, and their texts."""
+def offline(llm: LLM, prompts: list[list[int]], output: int) -> tuple[float, float, list[str]]:
+    """Output tokens a second of all prompts at once, the thread's CPU time per token, and their texts."""
     params = [SamplingParams(max_tokens=output, seed=i, ignore_eos=True) for i in range(len(prompts))]
-    began = time.perf_counter()
+    tokens, began, cpu = len(prompts) * output, time.perf_counter(), time.thread_time()
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - began
-    return len(prompts) * output / seconds, [o.outputs[0].text for o in outputs]
+    seconds, cpu = time.perf_counter() - began, time.thread_time() - cpu
+    return tokens / seconds, cpu / tokens, [o.outputs[0].text for o in outputs]
 
 
 def main() -> None:
@@ -110,22 +123,28 @@ def main() -> None:
     llm = LLM(args.model, enable_prefix_caching=False, max_num_seqs=max(args.clients))
     prompts = requests_of(llm, args.requests, args.prompt)
     offline(llm, prompts, args.output)  # compiles
-    best, expected = offline(llm, prompts, args.output)
+    best, cpu, expected = offline(llm, prompts, args.output)
 
-    server, thread, url = serve(llm)
+    server, http, port = serve(llm)
+    engine = next(thread for thread in threading.enumerate() if thread.name == "engine")
     rows = []
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # clients get an interpreter of their own
         for clients in args.clients:
             few = prompts[: max(clients, args.requests * clients // max(args.clients))]
-            pool.apply(load, (url, llm.name, few, args.output, clients))  # compiles
-            found = pool.apply(load, (url, llm.name, few, args.output, clients))
+            asked = "127.0.0.1", port, llm.name, few, args.output, clients
+            pool.apply(load, asked)  # compiles
+            before = [cpu_seconds(t) for t in (http, engine)]
+            found = pool.apply(load, asked)
+            used = [cpu_seconds(t) - b for t, b in zip((http, engine), before, strict=True)]
+            per_token = [round(seconds / (len(few) * args.output) * 1e6, 1) for seconds in used]
             row = {"clients": clients, "requests": len(few)} | found
+            row["cpu_us_per_token"] = dict(zip(("http", "engine"), per_token, strict=True))
             texts = row.pop("texts")
             row["answers_that_differ"] = sum(a != b for a, b in zip(texts, expected, strict=False))
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
     server.should_exit = True
-    thread.join()
+    http.join()
     report = {
         "model": llm.name,
         "device": jax.devices()[0].device_kind,
@@ -134,7 +153,9 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "prompt": args.prompt,
         "output": args.output,
+        "load_average": os.getloadavg()[0],
         "offline_tokens_per_second": round(best, 1),
+        "offline_cpu_us_per_token": round(cpu * 1e6, 1),
         "rows": rows,
     }
     text = json.dumps(report, indent=1)

@@ -396,7 +396,7 @@ class Request:
         if not self._params.stop:
             return
         stream = self._text[sequence]
-        stream.extend(sequence.output)
+        stream.extend(sequence.tokens, len(sequence.prompt))
         if stream.stopped_by is not None and sequence.finish_reason in (None, "length", "stop"):
             self._llm.engine.abort(sequence, "stop")
             sequence.finish_reason = "stop"
@@ -442,16 +442,16 @@ class Request:
     def _completion(self, s: EngineSequence, start: int = 0) -> CompletionOutput:
         """The whole text, and tokens and what belongs to them from `start` on."""
         stream, wanted = self._text[s], self._params.logprobs is not None
-        output = s.output
-        stream.extend(output)
+        new = s.tokens[len(s.prompt) + start :]
+        stream.extend(s.tokens, len(s.prompt))
         if s.finish_reason is not None and stream.stopped_by is None:
             stream.finish(drop_last=s.finish_reason == "stop")
         return CompletionOutput(
             index=s.sample_index,
             text=stream.text,
-            token_ids=output[start:],
+            token_ids=new,
             cumulative_logprob=sum((e[0] for e in s.logprobs), 0.0) if wanted else None,
-            logprobs=[self._logprobs(t, e) for t, e in zip(output[start:], s.logprobs[start:], strict=True)]
+            logprobs=[self._logprobs(t, e) for t, e in zip(new, s.logprobs[start:], strict=True)]
             if wanted
             else None,
             finish_reason=s.finish_reason,

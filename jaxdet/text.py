@@ -20,9 +20,9 @@ class TextStream:
         self.text = ""
         self.stopped_by: str | None = None
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Takes all tokens so far; decodes the new ones."""
-        for token in tokens[len(self._tokens) :]:
+    def extend(self, tokens: Sequence[int], start: int = 0) -> None:
+        """Takes all tokens so far, from `start` on; decodes the new ones."""
+        for token in tokens[start + len(self._tokens) :]:
             self._tokens.append(token)
             self._decoded += self._stream.step(token)
             if len(self._tokens) > self._params.min_tokens:

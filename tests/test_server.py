@@ -322,10 +322,10 @@ def test_one_request_fails_alone(server, monkeypatch):
 
     right = TextStream.extend
 
-    def extend(self, tokens):
+    def extend(self, tokens, start):
         if self._params.seed == 13:
             raise RuntimeError("no text")
-        right(self, tokens)
+        right(self, tokens, start)
 
     monkeypatch.setattr(TextStream, "extend", extend)
     failed: list[Exception] = []

@@ -82,7 +82,7 @@ def fingerprint(llm: LLM) -> str:
 def create_app(llm: LLM, settings: Settings) -> FastAPI:
     """The server's app; it owns the LLM from now on."""
     metrics = Metrics()
-    loop = EngineLoop(llm, metrics, max_waiting=settings.max_waiting)
+    loop = EngineLoop(llm, metrics, max_waiting=settings.max_waiting, timeout=settings.timeout)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -174,7 +174,7 @@ class _Service:
         job = Job(submit, len(submit), score=True)
         await self._loop.open(job)
         try:
-            scores = await collect(self._loop, job, http, self._settings.timeout)
+            scores = await collect(self._loop, job, http)
         except DisconnectedError:
             return _nobody()
         data = [
@@ -251,7 +251,7 @@ class _Service:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(self._loop, job, answer, usage=usage, timeout=self._settings.timeout)
         try:
-            outputs = await collect(self._loop, job, http, self._settings.timeout)
+            outputs = await collect(self._loop, job, http)
         except DisconnectedError:
             return _nobody()
         return JSONResponse(answer.whole(outputs))

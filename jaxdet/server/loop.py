@@ -32,6 +32,9 @@ class Update(NamedTuple):
 class Job:
     """The prompts of one HTTP request.
 
+    What a stream gets is not queued for a client that lags: it stays in the prompts' own requests, and the next look
+    finds all of it at once.
+
     Args:
         submit: hands one prompt each to the engine, in its thread.
         size: sequences it runs.
@@ -44,7 +47,13 @@ class Job:
     score: bool = False
     began: float = dataclasses.field(default_factory=time.perf_counter)
     accepted: "asyncio.Future[None]" = dataclasses.field(init=False)
-    updates: "asyncio.Queue[Update | Exception]" = dataclasses.field(default_factory=asyncio.Queue)
+    timer: asyncio.TimerHandle = dataclasses.field(init=False)
+    arrived: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    mail: "list[Update | Exception]" = dataclasses.field(default_factory=list)
+    hungry: bool = False
+    """Whether its stream waits for the next step: then it is told of it at once."""
+    behind: dict[Request, int] = dataclasses.field(default_factory=dict)
+    """Requests that have got what the stream doesn't know of yet, with their places."""
     closed: bool = False
 
 
@@ -59,10 +68,11 @@ class EngineLoop:
     Args:
         llm: nobody else may use it from now on.
         max_waiting: sequences that may wait beside those that run; more are turned away.
+        timeout: seconds that a job may take; then its updates end with an error.
     """
 
-    def __init__(self, llm: LLM, metrics: Metrics, *, max_waiting: int):
-        self._llm, self._metrics = llm, metrics
+    def __init__(self, llm: LLM, metrics: Metrics, *, max_waiting: int, timeout: float):
+        self._llm, self._metrics, self._timeout = llm, metrics, timeout
         self.capacity = llm.engine.scheduler.max_num_seqs + max_waiting
         self.open_sequences = 0
         self.healthy = True
@@ -106,6 +116,8 @@ class EngineLoop:
                 headers={"Retry-After": "1"},
             )
         self.open_sequences += job.size
+        late = f"the answer took more than {self._timeout:g} s; ask for fewer tokens or try again later"
+        job.timer = self._asyncio.call_later(self._timeout, _deliver, [(job, ApiError(503, late))])
         job.accepted = self._asyncio.create_future()
         self._inbox.put(lambda: self._admit(job))
         try:
@@ -118,10 +130,11 @@ class EngineLoop:
         """Ends whatever of the job still runs and frees its pages; may be called twice."""
         if not job.closed:
             job.closed = True
+            job.timer.cancel()
             self.open_sequences -= job.size
             self._inbox.put(lambda: self._cancel(job))
 
-    async def updates(self, job: Job) -> AsyncIterator[Update]:
+    async def updates(self, job: Job) -> AsyncIterator[list[Update]]:
         """Everything that the job's prompts get, until all of them have ended.
 
         Raises:
@@ -129,11 +142,21 @@ class EngineLoop:
         """
         left = len(job.submit)
         while left:
-            update = await job.updates.get()
-            if isinstance(update, Exception):
-                raise update
-            left -= update.last
-            yield update
+            if not job.mail:
+                job.arrived.clear()
+                job.hungry = True
+                # Looked at after `hungry` was set, as the engine looks at `hungry` after it has set this.
+                if job.behind:
+                    self._inbox.put(lambda: self._tell(_deliver, self._news_of(job)))
+                await job.arrived.wait()
+            found, job.mail = job.mail, []
+            updates: list[Update] = []
+            for update in found:
+                if isinstance(update, Exception):
+                    raise update
+                updates.append(update)
+                left -= update.last
+            yield updates
 
     async def call[T](self, function: Callable[[LLM], T]) -> T:
         """What a function says of the LLM between two steps."""
@@ -174,6 +197,7 @@ class EngineLoop:
         self._tell(_resolve, job.accepted, None)
 
     def _cancel(self, job: Job) -> None:
+        job.behind = {}
         for request in [request for request, live in self._live.items() if live.job is job]:
             self._forget(request)
 
@@ -194,38 +218,52 @@ class EngineLoop:
             if self._failures == MOST_FAILURES:
                 self._failures, self.healthy = 0, False
                 for request in changed:
-                    self._give_up(request, RuntimeError("the engine failed"))
-                return
+                    if not request.finished:
+                        self._give_up(request, RuntimeError("the engine failed"))
+        now = time.perf_counter()
         news: list[tuple[Job, Update]] = []
+        hungry: dict[Job, None] = {}
         for request in changed:
             if (live := self._live.get(request)) is not None:
-                try:
+                job, place = live
+                if not job.score:
+                    self._observe(request, job, now)
+                if job.stream:
+                    job.behind[request] = place
+                    if job.hungry:
+                        hungry[job] = None
+                elif request.finished:
                     self._report(request, live, news)
-                except Exception as error:
-                    self._give_up(request, error)
+        for job in hungry:
+            news += self._news_of(job)
         if news:
             self._tell(_deliver, news)
 
+    def _news_of(self, job: Job) -> list[tuple[Job, Update]]:
+        """All that a stream doesn't know yet, if it waits for it."""
+        news: list[tuple[Job, Update]] = []
+        if job.hungry and job.behind:
+            job.hungry = False
+            behind, job.behind = job.behind, {}
+            for request, place in behind.items():
+                self._report(request, _Live(job, place), news)
+        return news
+
     def _report(self, request: Request, live: _Live, news: list[tuple[Job, Update]]) -> None:
         job, place = live
-        if not job.score:
-            self._observe(request, job)
-        done = request.finished
-        if job.score:
-            output = request.score() if done else None
-        elif job.stream:
-            output = request.news()
-        else:
-            output = request.output() if done else None
-        if output is not None:
+        try:
             if any(s.finish_reason == "error" for s in request.sequences):
                 raise RuntimeError("the model's logits are not finite")
+            done = request.finished
+            output = request.score() if job.score else request.news() if job.stream else request.output()
             news.append((job, Update(place, output, done)))
+        except Exception as error:
+            self._give_up(request, error)
+            return
         if done:
             self._forget(request)
 
-    def _observe(self, request: Request, job: Job) -> None:
-        now = time.perf_counter()
+    def _observe(self, request: Request, job: Job, now: float) -> None:
         if (before := self._seen.get(request)) is None:
             self._metrics.first_token.observe(now - job.began)
         else:
@@ -237,7 +275,7 @@ class EngineLoop:
     def _give_up(self, request: Request, error: Exception) -> None:
         job = self._live[request].job
         self._forget(request)
-        self._tell(job.updates.put_nowait, error)
+        self._tell(_deliver, [(job, error)])
 
     def _tell(self, function: Callable[..., object], *arguments: object) -> None:
         try:
@@ -256,6 +294,7 @@ def _refuse(future: asyncio.Future, error: Exception) -> None:
         future.set_exception(error)
 
 
-def _deliver(news: list[tuple[Job, Update]]) -> None:
+def _deliver(news: Sequence[tuple[Job, Update | Exception]]) -> None:
     for job, update in news:
-        job.updates.put_nowait(update)
+        job.mail.append(update)
+        job.arrived.set()
