@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -15,27 +14,24 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
-from jaxdet.engine.sequence import Constraint
-from jaxdet.grammar import JsonGrammars
-from jaxdet.llm import LLM, Prompt
-from jaxdet.sampling_params import SamplingParams
-from jaxdet.server.errors import ApiError, install_handlers
-from jaxdet.server.limits import Limits
-from jaxdet.server.loop import EngineLoop, Job
-from jaxdet.server.metrics import Metrics
-from jaxdet.server.protocol import (
+from jaxdet.api.errors import ApiError
+from jaxdet.api.fingerprint import fingerprint
+from jaxdet.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Prompts,
     Sampling,
     ScoreRequest,
     TokenizeRequest,
 )
-from jaxdet.server.responses import Answer, count_usage
+from jaxdet.api.reader import Reader, Task
+from jaxdet.api.responses import Answer, count_usage
+from jaxdet.llm import LLM
+from jaxdet.server.errors import install_handlers
+from jaxdet.server.limits import Limits
+from jaxdet.server.loop import EngineLoop, Job
+from jaxdet.server.metrics import Metrics
 from jaxdet.server.stream import DisconnectedError, EventStream, collect
-from pallas_kernels.backend import platform_key
-from pallas_kernels.numerics import NUMERICS_VERSION
 
 log = logging.getLogger("jaxdet.server")
 
@@ -58,25 +54,6 @@ class Settings:
     allow_origins: Sequence[str] = ()
     """Web pages that may use the server (CORS)."""
     log_prompts: bool = False
-
-
-def fingerprint(llm: LLM) -> str:
-    """Digest of everything that answers depend on: servers with the same one give the same bits."""
-    tokenizer = llm.tokenizer
-    facts = {
-        "weights": llm.weights_digest,
-        "numerics_version": NUMERICS_VERSION,
-        "backend": llm.engine.step_fn.backend,
-        "platform": platform_key(),
-        "dtype": llm.dtype,
-        "seed": llm.engine.seed,
-        "max_model_len": llm.max_model_len,
-        "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
-        "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_ids, tokenizer.add_bos],
-        "chat_template": tokenizer.chat_template,
-        "llguidance": importlib.metadata.version("llguidance"),
-    }
-    return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def create_app(llm: LLM, settings: Settings) -> FastAPI:
@@ -135,39 +112,24 @@ class _Service:
         self._name = settings.served_model_name or llm.name
         self._fingerprint = fingerprint(llm)
         self._vocab_size = llm.engine.step_fn.config.vocab_size
-
-    @functools.cached_property
-    def _grammars(self) -> JsonGrammars:
-        return JsonGrammars(self._llm.tokenizer, self._vocab_size)
+        self._reader = Reader(llm, self._name, max_tokens=settings.max_tokens)
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model_card()]}
 
     async def model(self, model: str) -> dict[str, Any]:
-        self._check_model(model)
+        self._reader.check_model(model)
         return self._model_card()
 
     async def completions(self, body: CompletionRequest, http: Request) -> Any:
-        self._check_model(body.model)
-        params = body.sampling_params(
-            max_tokens=self._max_tokens(body.max_tokens, 16), logprobs=body.logprobs
-        )
-        prompts = await run_in_threadpool(self._encode, body.prompt)
-        return await self._answer("text_completion", body, prompts, params, body.logprobs, http)
+        return await self._answer(await run_in_threadpool(self._reader.completion, body), body, http)
 
     async def chat_completions(self, body: ChatCompletionRequest, http: Request) -> Any:
-        self._check_model(body.model)
-        if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs; set it to true", param="top_logprobs")
-        wanted = (body.top_logprobs or 0) if body.logprobs else None
-        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        params = body.sampling_params(max_tokens=self._max_tokens(most, None), logprobs=wanted)
-        prompt = await run_in_threadpool(self._llm.chat_prompt, **body.template_arguments())
-        return await self._answer("chat.completion", body, [prompt], params, wanted, http)
+        return await self._answer(await run_in_threadpool(self._reader.chat, body), body, http)
 
     async def score(self, body: ScoreRequest, http: Request) -> Any:
-        self._check_model(body.model)
-        prompts = await run_in_threadpool(self._encode, body.input)
+        self._reader.check_model(body.model)
+        prompts = await run_in_threadpool(self._reader.encode, body.input)
         submit = [
             functools.partial(LLM.submit_score, token_ids=prompt["prompt_token_ids"]) for prompt in prompts
         ]
@@ -197,7 +159,7 @@ class _Service:
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         if body.model is not None:
-            self._check_model(body.model)
+            self._reader.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt or messages must be given, and not both; leave one out")
         if body.prompt is not None:
@@ -211,7 +173,7 @@ class _Service:
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         if body.model is not None:
-            self._check_model(body.model)
+            self._reader.check_model(body.model)
         if any(token >= self._vocab_size for token in body.tokens):
             raise ApiError(400, f"tokens must be in [0, {self._vocab_size}); check the tokenizer")
         decode = functools.partial(self._llm.tokenizer.decode, skip_special_tokens=False)
@@ -226,27 +188,12 @@ class _Service:
             self._loop.running and self._loop.healthy and self._loop.open_sequences < self._loop.capacity
         )
 
-    async def _answer(
-        self,
-        kind: str,
-        body: Sampling,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        logprobs: int | None,
-        http: Request,
-    ) -> Any:
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options needs stream; set it to true", param="stream_options")
-        constraint = await run_in_threadpool(self._constraint, body)
+    async def _answer(self, task: Task, body: Sampling, http: Request) -> Any:
         if self._settings.log_prompts:
-            log.info("prompts: %s", json.dumps(prompts))
-        submit = [
-            functools.partial(LLM.submit, prompt=prompt, sampling_params=params, constraint=constraint)
-            for prompt in prompts
-        ]
-        job = Job(submit, len(submit) * params.n, stream=bool(body.stream))
+            log.info("prompts: %s", json.dumps(task.prompts))
+        job = Job(task.submit, task.size, stream=bool(body.stream))
         await self._loop.open(job)
-        answer = Answer(kind, self._name, self._fingerprint, logprobs)
+        answer = Answer(task.kind, self._name, self._fingerprint, task.logprobs)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(self._loop, job, answer, usage=usage, timeout=self._settings.timeout)
@@ -255,37 +202,6 @@ class _Service:
         except DisconnectedError:
             return _nobody()
         return JSONResponse(answer.whole(outputs))
-
-    def _constraint(self, body: Sampling) -> Constraint | None:
-        schema = None if body.response_format is None else body.response_format.schema_of_answer()
-        return None if schema is None else self._grammars.compile(schema)
-
-    def _encode(self, prompts: Prompts) -> list[dict[str, Any]]:
-        listed: Any = prompts if isinstance(prompts, list) and not isinstance(prompts[0], int) else [prompts]
-        encode = self._llm.tokenizer.encode
-        return [
-            {"prompt": p, "prompt_token_ids": encode(p)} if isinstance(p, str) else {"prompt_token_ids": p}
-            for p in listed
-        ]
-
-    def _max_tokens(self, asked: int | None, default: int | None) -> int | None:
-        most = self._settings.max_tokens
-        if asked is not None and most is not None and asked > most:
-            raise ApiError(
-                400, f"max_tokens={asked} must be at most {most} here; ask for fewer", param="max_tokens"
-            )
-        if asked is not None:
-            return asked
-        return min((limit for limit in (default, most) if limit is not None), default=None)
-
-    def _check_model(self, name: str) -> None:
-        if name != self._name:
-            raise ApiError(
-                404,
-                f"model {name!r} isn't served here; use {self._name!r}",
-                param="model",
-                code="model_not_found",
-            )
 
     def _model_card(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxdet.server.errors import ApiError
+from jaxdet.api.errors import ApiError
+from jaxdet.server.errors import respond
 from jaxdet.server.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -60,7 +61,7 @@ class Limits:
         except ApiError as error:
             if started:
                 raise
-            await error.response()(scope, receive, counted)
+            await respond(error)(scope, receive, counted)
 
     def _may_enter(self, header: bytes) -> bool:
         if not self._keys:

@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
+from jaxdet.api.errors import ApiError
 from jaxdet.llm import LLM, Request
 from jaxdet.outputs import RequestOutput, ScoreOutput
-from jaxdet.server.errors import ApiError
 from jaxdet.server.metrics import Metrics
 
 log = logging.getLogger("jaxdet.server")

@@ -10,10 +10,10 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from jaxdet.api.responses import Answer, count_usage
 from jaxdet.outputs import RequestOutput
 from jaxdet.server.errors import api_error
 from jaxdet.server.loop import EngineLoop, Job
-from jaxdet.server.responses import Answer, count_usage
 
 log = logging.getLogger("jaxdet.server")
 
