@@ -214,7 +214,7 @@ class Engine:
         )
 
     def _queue(self, **fields: Any) -> Sequence:
-        sequence = Sequence(**fields)
+        sequence = Sequence(keep_logits=self.keep_logits, **fields)
         self.scheduler.add(sequence)
         return sequence
 
@@ -361,7 +361,8 @@ class Engine:
             logprobs = step.logprobs(logits, tokens, top=top)
         if scored:
             prompt_logprobs = step.score(hidden, arrays.targets(plan, bucket), top=top)
-        out = StepOutput(tokens, usable, logits if self.keep_logits else None, logprobs, prompt_logprobs)
+        kept = logits if any(part.sequence.keep_logits for part, _ in chosen) else None
+        out = StepOutput(tokens, usable, kept, logprobs, prompt_logprobs)
         for array in jax.tree.leaves(out):
             array.copy_to_host_async()
         return Flight(plan, bucket, out, started)
@@ -413,7 +414,7 @@ class Engine:
             else:
                 if out.logprobs is not None and sequence.params.logprobs is not None:
                     sequence.logprobs.append(_entry(out.logprobs, row, sequence.params.logprobs))
-                if out.logits is not None:
+                if out.logits is not None and sequence.keep_logits:
                     sequence.logits.append(np.asarray(out.logits[row]))
                 sequence.append(tokens[row])
             if sequence.finish_reason is not None or sequence.tokens[-1] != guess:

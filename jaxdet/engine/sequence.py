@@ -70,8 +70,9 @@ class Sequence:
     logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     """Per output token: (logprob, rank, top logprobs, top ids)."""
     prompt_logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    keep_logits: bool = False
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
-    """Per output token its float32 logits, when the engine keeps them."""
+    """Per output token its float32 logits, if they are kept."""
     counts: dict[int, int] = dataclasses.field(default_factory=dict)
     """How often each id occurs in the output, if it is penalised."""
     penalised: bool = dataclasses.field(init=False)
