@@ -20,7 +20,7 @@ from engine_runs import (
     tokens,
 )
 
-from jaxdet.grammar import JsonGrammars
+from jaxdet.grammar import JsonConstraint, JsonGrammars
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.testing import VOCAB_SIZE, byte_tokenizer
 from jaxdet.verify.hlo import lint
@@ -142,6 +142,38 @@ def test_a_grammar_that_fails_ends_its_own_request(model, grammars):
     other = Request(tokens(2, 30), params(2))
     assert differing(run(engine, [other]), run(new_engine(model), [other])) == 0
     assert (failed.finish_reason, failed.output) == ("error", [])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_ctrl_c_between_a_token_and_its_grammar(model, grammars, before):
+    """The token is there, and the grammar has taken it or not: it starts over from the tokens."""
+
+    class Interrupted(JsonConstraint):
+        left = 5
+
+        def append(self, token):
+            Interrupted.left -= 1
+            if not Interrupted.left and before:
+                raise KeyboardInterrupt
+            super().append(token)
+            if not Interrupted.left:
+                raise KeyboardInterrupt
+
+    def answers(constraint, interrupted):
+        engine = new_engine(model)
+        queued = engine.add(tokens(3, 40), SamplingParams(seed=2, max_tokens=60, n=2), constraint=constraint)
+        while engine.has_work:
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                interrupted.append(True)
+        return [[answer(s) for s in queued]]
+
+    times: list[bool] = []
+    expected = answers(grammars.compile(SCHEMA), times)
+    assert not times
+    assert differing(answers(Interrupted(grammars.compile(SCHEMA)._matcher), times), expected) == 0
+    assert times == [True]
 
 
 @pytest.mark.parametrize("change", [{"min_tokens": 2}, {"ignore_eos": True}])

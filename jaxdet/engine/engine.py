@@ -181,6 +181,7 @@ class Engine:
                 "min_tokens and ignore_eos forbid the end that a constrained completion comes to; leave them out, "
                 "and use a model with an end-of-sequence token"
             )
+        grammar = constraint and constraint.copy()
         return [
             self._queue(
                 request_id=request_id,
@@ -190,7 +191,7 @@ class Engine:
                 seed=self.seed if params.seed is None else params.seed,
                 max_tokens=min(room, params.max_tokens or room),
                 stop_ids=eos | frozenset(params.stop_token_ids),
-                constraint=constraint and constraint.copy(),
+                grammar=grammar,
                 order=next(self._arrivals) + OVERTAKING * priority,
             )
             for index in range(params.n)

@@ -46,7 +46,8 @@ class Sequence:
     """0: nothing but the prompt's logprobs is wanted."""
     stop_ids: frozenset[int]
     """End-of-sequence and stop tokens; empty under ignore_eos without stop_token_ids."""
-    constraint: Constraint | None = None
+    grammar: Constraint | None = None
+    """A constraint at the beginning of the output; nobody moves it on."""
     order: int = 0
     """Whose turn it is: lower goes first, is preempted last."""
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -75,6 +76,8 @@ class Sequence:
     """Per output token its float32 logits, if they are kept."""
     counts: dict[int, int] = dataclasses.field(default_factory=dict)
     """How often each id occurs in the output, if it is penalised."""
+    constraint: Constraint | None = dataclasses.field(init=False)
+    """The grammar after the output so far."""
     penalised: bool = dataclasses.field(init=False)
     needs_last_token: bool = dataclasses.field(init=False)
     """Whether what was sampled last has a say in the next choice, so that the host must know it by then."""
@@ -87,6 +90,7 @@ class Sequence:
         self.tokens = list(self.prompt)
         p = self.params
         self.penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
+        self.constraint = self.grammar and self.grammar.copy()
         self.needs_last_token = self.penalised or self.constraint is not None
         self.adjusted = self.penalised or bool(p.logit_bias) or p.min_tokens > 0
         # A top_p that float32 rounds to 0 would keep nothing; the smallest normal number keeps the best token.
@@ -130,6 +134,10 @@ class Sequence:
         """Forgets all but the tokens and what follows from them, wherever `append` was interrupted."""
         self.pages, self.hashes, self.computed, self.slot, self.in_flight = [], [], 0, -1, 0
         del self.logprobs[self.num_output :], self.logits[self.num_output :]
+        if self.grammar is not None:
+            self.constraint = self.grammar.copy()
+            for token in self.output:
+                self.constraint.append(token)
         if self.penalised:
             self.counts = dict(Counter(self.output))
         if self.num_output and self.finish_reason is None:
