@@ -33,3 +33,6 @@ XLA_SEGMENT = PAGE_SIZE
 
 TRASH_PAGE = 0
 """The KV page that padding tokens write to; no sequence ever reads it."""
+
+GRADIENT_ROWS = 64
+"""Rows (tokens) of one partial sum of a weight's gradient; examples in training begin at multiples of it."""

@@ -1,4 +1,4 @@
-"""Row sums in an order that depends on the row length alone (xla backend)."""
+"""Row sums in an order that depends on the row length alone, and XLA's own dot (xla backend)."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -47,3 +47,8 @@ def log_sum_exp(x: Float[Array, "M N"]) -> tuple[Float[Array, "M 1"], Float[Arra
     peak = pin(jnp.max(x, axis=1, keepdims=True))
     total = row_sum(pin(jnp.exp(pin(x - peak))))
     return peak, pin(jnp.log(total))
+
+
+def dot_f32(a, b, dims):
+    """`lax.dot_general` with products and sums in float32, whatever precision the process asks for."""
+    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -16,6 +16,7 @@ from jaxdet.models.config import ModelConfig, inverse_frequencies
 from jaxdet.models.weights import Weights
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.attention.op import attention
+from pallas_kernels.gradient import Trained
 from pallas_kernels.matmul.op import gated_matmul, matmul, take_columns
 from pallas_kernels.reduce import pin
 from pallas_kernels.rms_norm.op import rms_norm
@@ -224,22 +225,35 @@ class DecoderLM(nnx.Module):
         table = self.head if self.embedding is None else self.embedding
         return take_columns(table[...], tokens, self.config.hidden_size, self.backend)
 
-    def __call__(self, batch: Batch, cache: KVCache) -> tuple[Float[Array, "T H"], KVCache]:
-        """Runs the layers over one step's tokens; returns normalised hidden states and the new cache."""
+    def __call__(
+        self, batch: Batch, cache: KVCache, *, remat: bool = False
+    ) -> tuple[Float[Array, "T H"], KVCache]:
+        """Runs the layers over one step's tokens; returns normalised hidden states and the new cache.
+
+        Args:
+            remat: under differentiation, keep each layer's input only and compute the rest again; to the same bits.
+        """
+        run = jax.checkpoint(_run_layer, static_argnums=0) if remat else _run_layer
         x = self.embed(batch.tokens)
         written = []
         for layer, rope, kv in zip(self.layers, self.config.rope_of_layer, cache, strict=True):
-            x, kv = _run_layer(*nnx.split(layer), x, batch, self.rope[rope][...], kv)
+            x, kv = run(*nnx.split(layer), x, batch, self.rope[rope][...], kv)
             written.append(kv)
         return self.norm(x), written
 
     def logits(self, hidden: Float[Array, "M H"]) -> Float[Array, "M V"]:
         """float32 logits of the given rows."""
-        c = self.config
-        out = matmul(hidden, self.head[...], n=c.vocab_size, out_dtype=jnp.float32, backend=self.backend)
-        if c.logit_soft_cap is not None:
-            out = pin(jnp.tanh(out / c.logit_soft_cap) * c.logit_soft_cap)
-        return out
+        return head_logits(self.head[...], hidden, self.config, self.backend)
+
+
+def head_logits(
+    head: Float[Array, "..."] | Trained, hidden: Float[Array, "M H"], config: ModelConfig, backend: str
+) -> Float[Array, "M V"]:
+    """float32 logits of rows through a packed LM head."""
+    out = matmul(hidden, head, n=config.vocab_size, out_dtype=jnp.float32, backend=backend)
+    if config.logit_soft_cap is not None:
+        out = pin(jnp.tanh(out / config.logit_soft_cap) * config.logit_soft_cap)
+    return out
 
 
 @functools.partial(jax.jit, static_argnums=0)

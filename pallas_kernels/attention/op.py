@@ -4,6 +4,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.attention import backward
+from pallas_kernels.gradient import with_gradient
 
 
 def attention(
@@ -48,6 +50,13 @@ def attention(
         [T, Hq, D] in q's dtype; rows past query_start[-1] are unspecified and finite only if their inputs are. With
         "mosaic_gpu" and `max_query_len=1` so are rows of sequences without keys, finite or not.
     """
+    static = scale, window, soft_cap, max_query_len, backend
+    return _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens)
+
+
+@with_gradient(backward.attention)
+def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens):
+    scale, window, soft_cap, max_query_len, backend = static
     return registry.load("attention", backend).attention(
         q,
         k_pages,

@@ -14,9 +14,10 @@ Either way a row that sees one isn't finite, and the end makes it NaN throughout
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention.tiles import tiles
 from pallas_kernels.backend import rows_are_free
 from pallas_kernels.numerics import COLUMN_BLOCK, ROW_TILE
-from pallas_kernels.reduce import pin, row_sum
+from pallas_kernels.reduce import dot_f32, pin, row_sum
 
 PREFILL_TILE = 32
 ROW_FREE_MAX_DIM = 256  # above 256 columns XLA splits a dot's k when rows are few
@@ -34,7 +35,7 @@ def attention(
     if max_query_len == 1:
         seq, start = jnp.arange(sequences, dtype=jnp.int32), jnp.zeros(sequences, jnp.int32)
     else:
-        seq, start = _tiles(query_start, tile, tokens // tile + sequences)
+        seq, start = tiles(query_start, tile, tokens // tile + sequences)
     offset = jnp.arange(tile, dtype=jnp.int32)
     rows = query_start[seq][:, None] + start[:, None] + offset
     real = rows < query_start[seq + 1][:, None]
@@ -82,16 +83,6 @@ def attention(
     return out.at[where[:tokens]].get(mode="promise_in_bounds").astype(q.dtype)
 
 
-def _tiles(query_start, tile, count):
-    """(sequence, first query) of every tile; surplus tiles repeat the last sequence past its end."""
-    lengths = query_start[1:] - query_start[:-1]
-    ends = jnp.cumsum(-(-lengths // tile))
-    index = jnp.arange(count, dtype=jnp.int32)
-    seq = jnp.minimum(jnp.sum(index[:, None] >= ends[None], axis=1), lengths.shape[0] - 1).astype(jnp.int32)
-    begin = jnp.where(seq > 0, ends[jnp.maximum(seq - 1, 0)], 0)
-    return seq, ((index - begin) * tile).astype(jnp.int32)
-
-
 def _attend(q, tables, owner, positions, k_pages, v_pages, *, scale, window, soft_cap, decode):
     """q [N, Hkv, R, D] at positions [N, R] → float32 [N, Hkv, R, D]; a row at position −1 sees nothing.
 
@@ -128,7 +119,7 @@ def _attend(q, tables, owner, positions, k_pages, v_pages, *, scale, window, sof
             sound = pin(jnp.all(finite, axis=3)).at[owner].get(mode="promise_in_bounds")
         # From about 50 rows on XLA sums k in several accumulators unless the columns are a multiple of 64.
         values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, columns - dim)))
-        scores = _dot_f32(q, keys, (((3,), (3,)), ((0, 1), (0, 1))))
+        scores = dot_f32(q, keys, (((3,), (3,)), ((0, 1), (0, 1))))
         scores = pin(scores * scale)
         if soft_cap is not None:
             scores = pin(jnp.tanh(scores / soft_cap) * soft_cap)
@@ -141,7 +132,7 @@ def _attend(q, tables, owner, positions, k_pages, v_pages, *, scale, window, sof
         peak = pin(jnp.max(scores, axis=3, keepdims=True))
         probs = pin(jnp.exp(scores - jnp.where(peak == -jnp.inf, 0.0, peak)))
         mass = row_sum(probs.reshape(-1, page)).reshape(*peak.shape)
-        part = pin(_dot_f32(probs.astype(values.dtype), values, (((3,), (2,)), ((0, 1), (0, 1)))))
+        part = pin(dot_f32(probs.astype(values.dtype), values, (((3,), (2,)), ((0, 1), (0, 1)))))
         new = jnp.maximum(best, peak)
         old_scale, new_scale = jnp.exp(best - new), jnp.exp(peak - new)
         a, b, c, d = pin(total * old_scale, mass * new_scale, out * old_scale, part * new_scale)
@@ -161,7 +152,3 @@ def _attend(q, tables, owner, positions, k_pages, v_pages, *, scale, window, sof
     _, total, out = lax.fori_loop(begin, pages, segment, start)
     out = pin(out / jnp.where(total == 0, 1.0, total))[:, :, :rows, :dim]
     return jnp.where(jnp.all(jnp.isfinite(out), axis=3, keepdims=True), out, jnp.nan)
-
-
-def _dot_f32(a, b, dims):
-    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

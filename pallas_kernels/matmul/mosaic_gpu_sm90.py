@@ -50,6 +50,13 @@ def take_columns(packed, ids, k: int):
     return picked.transpose(1, 0, 2).reshape(ids.shape[0], -1)[:, :k]
 
 
+def put_columns(packed, ids, rows):
+    """`packed` with `rows` [T, K] written to columns `ids`; equal ids bring equal rows."""
+    blocks = packed.shape[0]
+    rows = jnp.pad(rows, ((0, 0), (0, blocks * K_BLOCK - rows.shape[1]))).reshape(-1, blocks, K_BLOCK)
+    return packed.at[:, ids].set(rows.transpose(1, 0, 2), mode="promise_in_bounds")
+
+
 def pack_gated(gate, up):
     """Gate and up [K, F] as one packed matrix: GATE_GROUP columns of gate, the same of up, and so on."""
     k, width = gate.shape
@@ -57,6 +64,13 @@ def pack_gated(gate, up):
     pad = -width % GATE_GROUP
     halves = [xp.pad(w, ((0, 0), (0, pad))).reshape(k, -1, 1, GATE_GROUP) for w in (gate, up)]
     return pack(xp.concatenate(halves, axis=2).reshape(k, -1))
+
+
+def unpack_gated(packed, k: int, n: int):
+    """The inverse of `pack_gated`: (gate, up)."""
+    groups = -(-n // GATE_GROUP)
+    both = unpack(packed, k, groups * 2 * GATE_GROUP).reshape(k, groups, 2, GATE_GROUP)
+    return tuple(both[:, :, half].reshape(k, -1)[:, :n] for half in range(2))
 
 
 def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None, tile: Tile | None = None):

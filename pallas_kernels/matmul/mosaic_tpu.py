@@ -52,6 +52,11 @@ def pack_gated(gate, up):
     return gate.__array_namespace__().stack([pack(gate), pack(up)])
 
 
+def unpack_gated(packed, k: int, n: int):
+    """The inverse of `pack_gated`: (gate, up)."""
+    return unpack(packed[0], k, n), unpack(packed[1], k, n)
+
+
 def unpack(packed, k: int, n: int):
     """The inverse of `pack`."""
     return packed[:n, :k].T
@@ -60,6 +65,11 @@ def unpack(packed, k: int, n: int):
 def take_columns(packed, ids, k: int):
     """Columns `ids` of the [K, N] matrix as rows [T, K]."""
     return packed.at[ids].get(mode="promise_in_bounds")[:, :k]
+
+
+def put_columns(packed, ids, rows):
+    """`packed` with `rows` [T, K] written to columns `ids`; equal ids bring equal rows."""
+    return packed.at[ids, : rows.shape[1]].set(rows, mode="promise_in_bounds")
 
 
 def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None):

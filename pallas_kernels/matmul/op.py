@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.gradient import Trained, value_of, with_gradient
+from pallas_kernels.matmul import backward
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -30,18 +32,18 @@ def unpack(
 
 
 def take_columns(
-    packed: Num[Array, "..."], ids: Int[HostOrDevice, " T"], k: int, backend: str | None = None
+    packed: Num[Array, "..."] | Trained, ids: Int[HostOrDevice, " T"], k: int, backend: str | None = None
 ) -> Num[Array, "T K"]:
     """Columns `ids` of the packed [K, N] matrix, as rows: an embedding lookup that shares the LM head's weights."""
-    return registry.load("matmul", backend).take_columns(packed, ids, k)
+    return _take_columns((k, backend), packed, ids)
 
 
 def matmul(
     x: Float[Array, "M K"],
-    packed: Float[Array, "..."],
+    packed: Float[Array, "..."] | Trained,
     *,
     n: int,
-    bias: Float[Array, " N"] | None = None,
+    bias: Float[Array, " N"] | Trained | None = None,
     residual: Float[Array, "M N"] | None = None,
     out_dtype=None,
     backend: str | None = None,
@@ -56,13 +58,12 @@ def matmul(
         residual: added second, before the rounding.
         out_dtype: dtype of the result; x's by default, float32 for logits.
     """
-    kernel = registry.load("matmul", backend)
-    return kernel.matmul(x, packed, n=n, bias=bias, residual=residual, out_dtype=out_dtype)
+    return _matmul((n, out_dtype, backend), x, packed, bias, residual)
 
 
 def gated_matmul(
     x: Float[Array, "M K"],
-    packed: Float[Array, "..."],
+    packed: Float[Array, "..."] | Trained,
     *,
     n: int,
     activation: Activation,
@@ -77,5 +78,25 @@ def gated_matmul(
         n: F, the width of each half.
         activation: "silu" or "gelu_tanh".
     """
+    return _gated_matmul((n, activation, out_dtype, backend), x, packed)
+
+
+@with_gradient(backward.matmul)
+def _matmul(static, x, packed, bias, residual):
+    n, out_dtype, backend = static
+    return registry.load("matmul", backend).matmul(
+        x, value_of(packed), n=n, bias=value_of(bias), residual=residual, out_dtype=out_dtype
+    )
+
+
+@with_gradient(backward.gated_matmul)
+def _gated_matmul(static, x, packed):
+    n, activation, out_dtype, backend = static
     kernel = registry.load("matmul", backend)
-    return kernel.gated_matmul(x, packed, n=n, activation=activation, out_dtype=out_dtype)
+    return kernel.gated_matmul(x, value_of(packed), n=n, activation=activation, out_dtype=out_dtype)
+
+
+@with_gradient(backward.take_columns)
+def _take_columns(static, packed, ids):
+    k, backend = static
+    return registry.load("matmul", backend).take_columns(value_of(packed), ids, k)

@@ -15,7 +15,7 @@ from jax import lax
 
 from pallas_kernels.backend import rows_are_free
 from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK, ROW_TILE
-from pallas_kernels.reduce import pin
+from pallas_kernels.reduce import dot_f32, pin
 
 BLOCKED_MAX_ROWS = 64
 
@@ -48,6 +48,15 @@ def take_columns(packed, ids, k: int):
     return picked.reshape(ids.shape[0], -1)[:, :k]
 
 
+def put_columns(packed, ids, rows):
+    """`packed` with `rows` [T, K] written to columns `ids`; equal ids bring equal rows."""
+    if not rows_are_free():
+        return packed.at[:, ids].set(rows.T, mode="promise_in_bounds")
+    chunks, _, depth, _ = packed.shape
+    rows = jnp.pad(rows, ((0, 0), (0, chunks * depth - rows.shape[1]))).reshape(-1, chunks, depth)
+    return packed.at[:, ids // COLUMN_BLOCK, :, ids % COLUMN_BLOCK].set(rows, mode="promise_in_bounds")
+
+
 def dot(x, packed, n: int):
     """[M, K] × packed → float32 [M, N], the raw accumulators."""
     return pin(_row_free(x, packed) if rows_are_free() else _row_tiled(x, packed))[:, :n]
@@ -61,7 +70,7 @@ def _row_free(x, packed):
     if m <= BLOCKED_MAX_ROWS:
         x = x.reshape(m, chunks, depth).transpose(1, 0, 2)
         lhs = jnp.broadcast_to(x[:, None], (chunks, blocks, m, depth))
-        y = _dot_f32(lhs, packed, (((3,), (2,)), ((0, 1), (0, 1))))
+        y = dot_f32(lhs, packed, (((3,), (2,)), ((0, 1), (0, 1))))
         y = y.transpose(0, 2, 1, 3).reshape(chunks, m, blocks * width)
         parts = [y[c] for c in range(chunks)]
     else:
@@ -69,7 +78,7 @@ def _row_free(x, packed):
         packed = pin(x, packed)[1]
         flat = packed.transpose(0, 2, 1, 3).reshape(chunks, depth, blocks * width)
         parts = [
-            _dot_f32(x[:, c * depth : (c + 1) * depth], flat[c], (((1,), (0,)), ((), ())))
+            dot_f32(x[:, c * depth : (c + 1) * depth], flat[c], (((1,), (0,)), ((), ())))
             for c in range(chunks)
         ]
     total = parts[0]
@@ -82,12 +91,8 @@ def _row_tiled(x, w):
     rows, k = x.shape
     tiles = -(-rows // ROW_TILE)
     x = jnp.pad(x, ((0, tiles * ROW_TILE - rows), (0, 0))).reshape(tiles, ROW_TILE, k)
-    y = lax.map(lambda tile: _dot_f32(tile, w, (((1,), (0,)), ((), ()))), x)
+    y = lax.map(lambda tile: dot_f32(tile, w, (((1,), (0,)), ((), ()))), x)
     return y.reshape(tiles * ROW_TILE, w.shape[1])[:rows]
-
-
-def _dot_f32(a, b, dims):
-    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None):
@@ -110,6 +115,12 @@ def gated_matmul(x, packed, *, n, activation, out_dtype=None):
 def pack_gated(gate, up):
     """Gate and up [K, F] as one packed matrix."""
     return pack(gate.__array_namespace__().concatenate([gate, up], axis=1))
+
+
+def unpack_gated(packed, k: int, n: int):
+    """The inverse of `pack_gated`: (gate, up)."""
+    both = unpack(packed, k, 2 * n)
+    return both[:, :n], both[:, n:]
 
 
 def silu(x):

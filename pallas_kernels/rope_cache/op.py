@@ -5,6 +5,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.gradient import Trained, value_of, with_gradient
+from pallas_kernels.rope_cache import backward
 
 
 def rope_table(inverse_frequencies: np.ndarray, length: int, scale: float = 1.0) -> np.ndarray:
@@ -31,8 +33,8 @@ def rope_cache(
     *,
     num_q_heads: int,
     num_kv_heads: int,
-    q_norm: Float[Array, " D"] | None = None,
-    k_norm: Float[Array, " D"] | None = None,
+    q_norm: Float[Array, " D"] | Trained | None = None,
+    k_norm: Float[Array, " D"] | Trained | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> tuple[Float[Array, "T Hq D"], Float[Array, "P Hkv page D"], Float[Array, "P Hkv page D"]]:
@@ -51,6 +53,13 @@ def rope_cache(
     Returns:
         (q, k_pages, v_pages).
     """
+    static = num_q_heads, num_kv_heads, eps, backend
+    return _rope_cache(static, qkv, k_pages, v_pages, rope, positions, slots, q_norm, k_norm)
+
+
+@with_gradient(backward.rope_cache)
+def _rope_cache(static, qkv, k_pages, v_pages, rope, positions, slots, q_norm, k_norm):
+    num_q_heads, num_kv_heads, eps, backend = static
     return registry.load("rope_cache", backend).rope_cache(
         qkv,
         k_pages,
@@ -60,7 +69,7 @@ def rope_cache(
         slots,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
-        q_norm=q_norm,
-        k_norm=k_norm,
+        q_norm=value_of(q_norm),
+        k_norm=value_of(k_norm),
         eps=eps,
     )

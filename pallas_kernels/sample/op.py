@@ -8,7 +8,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.gradient import with_gradient
 from pallas_kernels.reduce import pin
+from pallas_kernels.sample import backward
 
 
 @jax.tree_util.register_dataclass
@@ -96,4 +98,10 @@ def token_logprobs(
     Returns:
         (logprob of ids, their rank from 1, logprobs of the `top` largest, their ids); ties rank by id.
     """
+    return _token_logprobs((top, backend), logits, ids)
+
+
+@with_gradient(backward.token_logprobs)
+def _token_logprobs(static, logits, ids):
+    top, backend = static
     return registry.load("sample", backend).token_logprobs(logits, ids, top=top)

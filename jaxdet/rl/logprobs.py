@@ -1,0 +1,65 @@
+"""Log-probabilities of given tokens, differentiable, through the very kernels that sampled them."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdet.models.layers import DecoderLM, KVCache, head_logits
+from jaxdet.rl.packing import MicroBatch
+from pallas_kernels.gradient import (
+    Trained,
+    cotangent,
+    over_rows,
+    sum_so_far,
+    value_of,
+    with_gradient,
+)
+from pallas_kernels.numerics import PAGE_SIZE
+from pallas_kernels.sample.op import token_logprobs
+
+
+def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Float[Array, " T"]:
+    """log p(target | tokens up to here) at every token of a micro-batch; bit-equal to what the sampler reported.
+
+    Differentiable with respect to the model's parameters (`nnx.grad`, or `jax.grad` over its state); see
+    `jaxdet.rl.accumulate` for sums in float32 whose bits do not depend on the micro-batch's size.
+
+    Args:
+        model: with the sampler's weights, dtype and backend.
+        micro: what `pack` made.
+        remat: keep each layer's input only, and compute the rest again in the backward pass; to the same bits.
+
+    Returns:
+        float32; 0 where no token follows.
+    """
+    c = model.config
+    shape = micro.num_pages, c.num_kv_heads, PAGE_SIZE, c.head_dim
+    cache: KVCache = [(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
+    hidden, _ = model(micro.batch, cache, remat=remat)
+    values = _head_logprobs((c, model.backend), model.head[...], hidden, jnp.asarray(micro.targets))
+    return jnp.where(micro.scored, values, 0.0)
+
+
+def _block(static, head, hidden, targets):
+    """A few rows at a time: all rows' logits would need more memory than the model."""
+    config, backend = static
+    logits = head_logits(head, hidden, config, backend)
+    return token_logprobs(logits, targets, top=1, backend=backend)[0]
+
+
+def _head_backward(static, operands, d_logprob):
+    head, hidden, targets = operands
+
+    def chunk(sum, hidden, targets, d_logprob):
+        def block(gradient, hidden):
+            return _block(static, Trained(value_of(head), gradient), hidden, targets)
+
+        return jax.vjp(block, sum, hidden)[1](d_logprob)
+
+    total, d_hidden = over_rows(chunk, sum_so_far(head), hidden, targets, d_logprob)
+    return cotangent(head, total), d_hidden, None
+
+
+@with_gradient(_head_backward)
+def _head_logprobs(static, head, hidden, targets):
+    return over_rows(lambda _, *rows: (None, _block(static, value_of(head), *rows)), None, hidden, targets)[1]

@@ -1,0 +1,22 @@
+"""Cuts the queries of several sequences into tiles of one sequence each."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def tiles(
+    query_start: Int[Array, " S+1"], tile: int, count: int
+) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+    """(sequence, first query) of every tile; surplus tiles repeat the last sequence past its end.
+
+    Args:
+        query_start: row at which each sequence starts; the last entry is the number of rows.
+        tile: queries of a tile.
+        count: number of tiles, at least as many as the sequences fill.
+    """
+    lengths = query_start[1:] - query_start[:-1]
+    ends = jnp.cumsum(-(-lengths // tile))
+    index = jnp.arange(count, dtype=jnp.int32)
+    seq = jnp.minimum(jnp.sum(index[:, None] >= ends[None], axis=1), lengths.shape[0] - 1).astype(jnp.int32)
+    begin = jnp.where(seq > 0, ends[jnp.maximum(seq - 1, 0)], 0)
+    return seq, ((index - begin) * tile).astype(jnp.int32)

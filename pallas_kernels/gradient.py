@@ -1,0 +1,121 @@
+"""Gradients whose bits depend on the examples and their order, not on how they are cut into micro-batches.
+
+What a weight's gradient sums over is rows. Rows are taken in chunks of GRADIENT_ROWS; each chunk's part is computed in
+one fixed shape and added to the sum, chunk after chunk. A micro-batch begins with the sum that the one before it left
+(`Trained.gradient`), so that the additions are the same ones wherever the cut is, if every example begins at a multiple
+of GRADIENT_ROWS; rows without a gradient add exact zeros.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.numerics import GRADIENT_ROWS
+from pallas_kernels.reduce import pin
+
+Carry = TypeVar("Carry")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A weight whose gradient is being summed; takes the weight's place in a model and in every op.
+
+    Differentiate with respect to `gradient`: an op's cotangent for it is `gradient` plus the op's own, added in float32
+    chunk by chunk. `value` gets none.
+    """
+
+    value: Float[Array, "..."]
+    """The weight, in the dtype and layout that the op takes."""
+    gradient: Float[Array, "..."]
+    """float32, in the same layout: the sum so far."""
+    lookup: Float[Array, "..."] | None = None
+    """For an LM head that is the embedding too: the embedding's sum so far, apart from the head's. Two ops that summed
+    from one start would count it twice."""
+
+    def __getitem__(self, key: Any) -> "Trained":
+        """Itself for `...`, the one index that modules read a parameter with."""
+        if key is not Ellipsis:
+            raise IndexError(f"a weight in training has no part {key!r}; take its value's")
+        return self
+
+
+Weight = Array | Trained
+
+
+@overload
+def value_of(weight: Weight) -> Array: ...
+@overload
+def value_of(weight: None) -> None: ...
+def value_of(weight: Weight | None) -> Array | None:
+    """The array that the forward pass reads."""
+    return weight.value if isinstance(weight, Trained) else weight
+
+
+def sum_so_far(weight: Weight, *, lookup: bool = False) -> Float[Array, "..."]:
+    """Where an op begins to add: at the sum that `weight` brings, or at zero for a bare array.
+
+    Args:
+        lookup: for the embedding's gradient, which has a sum of its own in a matrix that is the LM head too.
+    """
+    if not isinstance(weight, Trained):
+        return jnp.zeros(weight.shape, jnp.float32)
+    return weight.lookup if lookup and weight.lookup is not None else weight.gradient
+
+
+def cotangent(weight: Weight, total: Float[Array, "..."], *, lookup: bool = False) -> Weight:
+    """What an op's backward returns for `weight`; rounded to its dtype if it is a bare array."""
+    if not isinstance(weight, Trained):
+        return total.astype(weight.dtype)
+    # None is a cotangent of zero.
+    if lookup and weight.lookup is not None:
+        return Trained(None, None, total)  # type: ignore[arg-type]
+    return Trained(None, total)  # type: ignore[arg-type]
+
+
+def with_gradient(backward: Callable[..., tuple]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives `f(static, *operands)` the cotangents `backward(static, operands, cotangent of the result)`.
+
+    `f` stays what it is: the forward pass under differentiation, rematerialised or not, is `f` itself.
+    """
+
+    def decorate(f):
+        differentiable = jax.custom_vjp(f, nondiff_argnums=(0,))
+        differentiable.defvjp(
+            lambda static, *operands: (differentiable(static, *operands), operands),
+            lambda static, operands, cotangent: backward(static, operands, cotangent),
+        )
+        return differentiable
+
+    return decorate
+
+
+def over_rows[Carry](
+    body: Callable[..., tuple[Carry, Any]], carry: Carry, *arrays: Array
+) -> tuple[Carry, Any]:
+    """Scans `body(carry, *chunks) -> (carry, outputs)` over chunks of GRADIENT_ROWS rows, in ascending order.
+
+    The last chunk is filled up with zeros; surplus rows of the outputs are cut off.
+    """
+    rows = arrays[0].shape[0]
+    chunks = -(-rows // GRADIENT_ROWS)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, chunks * GRADIENT_ROWS - rows), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(chunks, GRADIENT_ROWS, *x.shape[1:])
+
+    carry, outputs = lax.scan(lambda so_far, chunk: body(so_far, *chunk), carry, tuple(map(cut, arrays)))
+    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:rows], outputs)
+
+
+def row_total(x: Float[Array, "rows N"]) -> Float[Array, " N"]:
+    """Sum over GRADIENT_ROWS rows: the upper half is added to the lower half until one is left."""
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        x = pin(x[:half] + x[half:])
+    return x[0]
