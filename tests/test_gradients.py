@@ -15,6 +15,7 @@ from pallas_kernels.attention.op import attention
 from pallas_kernels.matmul.op import gated_matmul, matmul, pack_gated, take_columns
 from pallas_kernels.matmul.op import pack as pack_matrix
 from pallas_kernels.rms_norm.op import rms_norm
+from pallas_kernels.rope_cache.op import rope_cache, rope_table
 from pallas_kernels.sample.op import token_logprobs
 
 LENGTHS = 5, 130, 64, 65, 1, 200
@@ -88,6 +89,33 @@ def test_norm_and_logprob():
         lambda x: jax.nn.log_softmax(x)[jnp.arange(70), ids],
         x,
     )
+
+
+def test_rope_and_cache():
+    """70 tokens over two pages, 4 query heads and 2 KV heads, with q/k norm."""
+    tokens, dim = 70, 16
+    at, slots = np.arange(tokens, dtype=np.int32), np.arange(100, 100 + tokens, dtype=np.int32) + 128
+    table = jnp.asarray(rope_table(10000.0 ** -(np.arange(0, dim, 2) / dim), 128))
+    empty = jnp.zeros((3, 2, 128, dim), jnp.float32)
+
+    def ours(qkv, q_norm, k_norm):
+        q, *pages = rope_cache(
+            qkv, empty, empty, table, at, slots, num_q_heads=4, num_kv_heads=2, q_norm=q_norm, k_norm=k_norm
+        )
+        return jnp.concatenate([q, *(x[slots // 128, :, slots % 128] for x in pages)], axis=1)
+
+    def plain(qkv, q_norm, k_norm):
+        q, k, v = jnp.split(qkv.reshape(tokens, -1, dim), [4, 6], axis=1)
+        cos, sin = jnp.split(jnp.asarray(np.asarray(table), jnp.float64)[:tokens, None], 2, axis=-1)
+
+        def turn(x, norm):
+            x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * norm
+            a, b = jnp.split(x, 2, axis=-1)
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+        return jnp.concatenate([turn(q, q_norm), turn(k, k_norm), v], axis=1)
+
+    assert_close_to_float64(ours, plain, normal(0, tokens, 8 * dim), normal(1, dim), normal(2, dim))
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (100, None), (None, 2.0)])
