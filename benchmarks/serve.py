@@ -132,7 +132,7 @@ def main() -> None:
         for clients in args.clients:
             few = prompts[: max(clients, args.requests * clients // max(args.clients))]
             asked = "127.0.0.1", port, llm.name, few, args.output, clients
-            pool.apply(load, asked)  # compiles
+            pool.apply(load, asked)  # warms up
             before = [cpu_seconds(t) for t in (http, engine)]
             found = pool.apply(load, asked)
             used = [cpu_seconds(t) - b for t, b in zip((http, engine), before, strict=True)]
