@@ -8,17 +8,13 @@ of GRADIENT_ROWS; rows without a gradient add exact zeros.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import pin
-
-Carry = TypeVar("Carry")
 
 
 @jax.tree_util.register_dataclass
@@ -88,29 +84,11 @@ def with_gradient(backward: Callable[..., tuple]) -> Callable[[Callable[..., Any
         differentiable = jax.custom_vjp(f, nondiff_argnums=(0,))
         differentiable.defvjp(
             lambda static, *operands: (differentiable(static, *operands), operands),
-            lambda static, operands, cotangent: backward(static, operands, cotangent),
+            backward,
         )
         return differentiable
 
     return decorate
-
-
-def over_rows[Carry](
-    body: Callable[..., tuple[Carry, Any]], carry: Carry, *arrays: Array
-) -> tuple[Carry, Any]:
-    """Scans `body(carry, *chunks) -> (carry, outputs)` over chunks of GRADIENT_ROWS rows, in ascending order.
-
-    The last chunk is filled up with zeros; surplus rows of the outputs are cut off.
-    """
-    rows = arrays[0].shape[0]
-    chunks = -(-rows // GRADIENT_ROWS)
-
-    def cut(x):
-        x = jnp.pad(x, ((0, chunks * GRADIENT_ROWS - rows), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(chunks, GRADIENT_ROWS, *x.shape[1:])
-
-    carry, outputs = lax.scan(lambda so_far, chunk: body(so_far, *chunk), carry, tuple(map(cut, arrays)))
-    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:rows], outputs)
 
 
 def row_total(x: Float[Array, "rows N"]) -> Float[Array, " N"]:

@@ -163,7 +163,7 @@ def test_micro_batches_never_matter(family, dtype):
                 0
             ]
 
-        total = GradientSums.zeros(params, tied=model.config.tied_embeddings)
+        total = GradientSums.zeros(params)
         left = iter(sequences)
         for micro, where in pack([ids for ids, _ in sequences], size):
             weights = np.zeros(size, np.float32)
@@ -202,11 +202,17 @@ def test_the_trainer_sees_the_samplers_logprobs(tmp_path, dtype):
     )
     graph, state = nnx.split(model)
     score = jax.jit(lambda state, micro: logprobs(nnx.merge(graph, state), micro))
+    other = jax.tree.map(lambda x: x * jnp.asarray(1.01, x.dtype), state)
+    compared = moved = 0
     for size in (256, 1024):
         left = iter(sampled)
         for micro, where in pack([p + c for p, c, _ in sampled], size):
-            values = np.asarray(score(state, micro))
+            values, wrong = np.asarray(score(state, micro)), np.asarray(score(other, micro))
             for rows in where:
                 prompt, _, expected = next(left)
                 found = values[rows][len(prompt) - 1 : -1]
                 np.testing.assert_array_equal(found.view("u4"), np.asarray(expected, np.float32).view("u4"))
+                compared += len(found)
+                moved += np.count_nonzero(wrong[rows][len(prompt) - 1 : -1] != found)
+    assert compared == 2 * 8 * 40
+    assert moved > 0, "the comparison would see other weights"

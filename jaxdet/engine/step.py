@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaxdet.models.layers import Batch, DecoderLM, KVCache
+from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, restrict, sample, token_logprobs
 
 SCORE_ROWS = 64
@@ -74,11 +74,7 @@ class Step:
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """Zeroed pages for every layer: [num_pages, Hkv, page_size, D] for keys and for values."""
-        shape = (num_pages, self.config.num_kv_heads, page_size, self.config.head_dim)
-        return [
-            (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
-            for _ in range(self.config.num_layers)
-        ]
+        return new_cache(self.config, self.dtype, num_pages, page_size)
 
     def run(
         self,
@@ -193,21 +189,13 @@ def _draw(backend, logits, rows: SamplingRows | None, slots, last_tokens):
 
 
 def _score(graph, tree, weights, hidden, targets, *, top: int) -> Logprobs:
-    """Logprobs of `targets` at every row, a block of rows at a time."""
+    """Logprobs of `targets` at every row, a few rows at a time."""
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-    count = hidden.shape[0]
-    blocks = -(-count // SCORE_ROWS)
-    pad = blocks * SCORE_ROWS - count
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, SCORE_ROWS, -1)
-    targets = jnp.pad(targets, (0, pad)).reshape(blocks, SCORE_ROWS)
 
-    def block(operands):
-        return Logprobs(
-            *token_logprobs(model.logits(operands[0]), operands[1], top=top, backend=model.backend)
-        )
+    def block(_, hidden, targets):
+        return None, Logprobs(*token_logprobs(model.logits(hidden), targets, top=top, backend=model.backend))
 
-    scored = lax.map(block, (hidden, targets))
-    return jax.tree.map(lambda x: x.reshape(blocks * SCORE_ROWS, *x.shape[2:])[:count], scored)
+    return over_rows(block, None, hidden, targets, size=SCORE_ROWS)[1]
 
 
 def _copy_pages(cache: KVCache, sources, targets) -> KVCache:

@@ -26,6 +26,12 @@ KVCache = list[tuple[jax.Array, jax.Array]]
 """Per layer (k_pages, v_pages), each [P, Hkv, PAGE_SIZE, D]."""
 
 
+def new_cache(config: ModelConfig, dtype: jnp.dtype, num_pages: int, page_size: int) -> KVCache:
+    """Zeroed pages for every layer: [num_pages, Hkv, page_size, D] for keys and for values."""
+    shape = num_pages, config.num_kv_heads, page_size, config.head_dim
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:

@@ -26,9 +26,9 @@ class GradientSums:
     """The embedding's, where the LM head is the embedding too; apart, because each is summed in its own order."""
 
     @classmethod
-    def zeros(cls, params: nnx.State, *, tied: bool) -> "GradientSums":
+    def zeros(cls, params: nnx.State) -> "GradientSums":
         weights = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-        return cls(weights, jnp.zeros_like(weights["head"][...]) if tied else None)
+        return cls(weights, None if "embedding" in params else jnp.zeros_like(weights["head"][...]))
 
     def total(self) -> nnx.State:
         """The gradient of every parameter."""
@@ -66,8 +66,7 @@ def accumulate(
     def loss(sums: GradientSums):
         in_training = jax.tree.map(Trained, params, sums.weights)
         if sums.lookup is not None:
-            tied = lambda head: dataclasses.replace(head, lookup=sums.lookup)  # noqa: E731
-            in_training = _map_head(tied, in_training)
+            in_training = _map_head(lambda head: dataclasses.replace(head, lookup=sums.lookup), in_training)
         trained: Any = nnx.merge(graph, in_training, rest)
         return objective(logprobs(trained, micro, remat=remat), micro, *extra)
 

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdet.models.layers import DecoderLM, KVCache, head_logits
+from jaxdet.models.layers import DecoderLM, head_logits, new_cache
 from jaxdet.rl.packing import MicroBatch
 from pallas_kernels.gradient import (
     Trained,
     cotangent,
-    over_rows,
     sum_so_far,
     value_of,
     with_gradient,
 )
 from pallas_kernels.numerics import PAGE_SIZE
+from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import token_logprobs
 
 
@@ -33,8 +33,7 @@ def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Flo
         float32; 0 where no token follows.
     """
     c = model.config
-    shape = micro.num_pages, c.num_kv_heads, PAGE_SIZE, c.head_dim
-    cache: KVCache = [(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
+    cache = new_cache(c, model.dtype, micro.num_pages, PAGE_SIZE)
     hidden, _ = model(micro.batch, cache, remat=remat)
     values = _head_logprobs((c, model.backend), model.head[...], hidden, jnp.asarray(micro.targets))
     return jnp.where(micro.scored, values, 0.0)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxdet.models.layers import Batch
-from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.arrays import HostOrDevice, round_up
 from pallas_kernels.numerics import GRADIENT_ROWS, PAGE_SIZE
 
 
@@ -46,7 +46,7 @@ def pack(sequences: Sequence[Sequence[int]], micro_batch_tokens: int) -> list[tu
     Raises:
         ValueError: a sequence is empty or doesn't fit.
     """
-    size = _round_up(micro_batch_tokens, GRADIENT_ROWS)
+    size = round_up(micro_batch_tokens, GRADIENT_ROWS)
     groups: list[list[Sequence[int]]] = [[]]
     used = 0
     for i, sequence in enumerate(sequences):
@@ -54,7 +54,7 @@ def pack(sequences: Sequence[Sequence[int]], micro_batch_tokens: int) -> list[tu
             raise ValueError(
                 f"sequence {i} has {len(sequence)} tokens; give it from 1 to micro_batch_tokens={size}, or raise that"
             )
-        length = _round_up(len(sequence), GRADIENT_ROWS)
+        length = round_up(len(sequence), GRADIENT_ROWS)
         if used + length > size:
             groups.append([])
             used = 0
@@ -69,7 +69,7 @@ def _micro_batch(sequences: list[Sequence[int]], size: int) -> tuple[MicroBatch,
     most = size // GRADIENT_ROWS
     tables = np.zeros((most, -(-size // PAGE_SIZE)), np.int32)
     query_start, seq_lens = np.full(most + 1, size, np.int32), np.zeros(most, np.int32)
-    lengths = [_round_up(len(s), GRADIENT_ROWS) for s in sequences]
+    lengths = [round_up(len(s), GRADIENT_ROWS) for s in sequences]
     if rest := size - sum(lengths):
         lengths.append(rest)
     start, page, where = 0, 1, []
@@ -90,7 +90,3 @@ def _micro_batch(sequences: list[Sequence[int]], size: int) -> tuple[MicroBatch,
     none = np.zeros((0, tables.shape[1]), np.int32)
     batch = Batch(tokens, positions, slots, none, np.zeros(0, np.int32), tables, query_start, seq_lens)
     return MicroBatch(batch, targets, scored), where
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxdet.models.config import ModelConfig
 from jaxdet.roofline import needed
 from jaxdet.roofline.kernel import Dots, Kernel
+from pallas_kernels.arrays import round_up
 from pallas_kernels.attention.mosaic_tpu import MOST_ROWS, MOST_SUB_TILES
 from pallas_kernels.attention.segment_tpu import ROWS_MULTIPLE, sub_tile
 from pallas_kernels.matmul.mosaic_tpu import COLUMN_TILE, COLUMN_TILES, ROW_TILE, ROW_TILES, block_k
@@ -12,7 +13,7 @@ from pallas_kernels.numerics import PAGE_SIZE, WIDE_REDUCE_LANES
 from pallas_kernels.rms_norm.mosaic_tpu import BLOCK, TILE
 from pallas_kernels.rope_cache.mosaic_tpu import group_keys, tile_tokens
 from pallas_kernels.sample.mosaic_tpu import ROWS as SAMPLE_ROWS
-from pallas_kernels.tiles_tpu import LANES, round_up
+from pallas_kernels.tiles_tpu import LANES
 
 PUT_OPS = 4
 """Elementwise operations that put one token into a group of keys: an element is widened, rotated, chosen, rounded."""

@@ -22,12 +22,6 @@ def attention(static, operands, d_out):
     group, tile = heads // kv_heads, GRADIENT_ROWS
     block_tables, query_start, seq_lens = map(jnp.asarray, (block_tables, query_start, seq_lens))
 
-    def masked(scores, positions, at):
-        visible = at[None] <= positions[:, None]
-        if window is not None:
-            visible &= at[None] > positions[:, None] - window
-        return jnp.where(jnp.repeat(visible, group, axis=0)[None], scores, -jnp.inf)
-
     def one_tile(sums, where):
         owner, start = where
         rows = query_start[owner] + start + jnp.arange(tile, dtype=jnp.int32)
@@ -63,7 +57,10 @@ def attention(static, operands, d_out):
             if soft_cap is not None:
                 bent = pin(jnp.tanh(scores / soft_cap))
                 scores, slope = pin(bent * soft_cap), pin((1.0 - pin(bent * bent)) * scale)
-            return masked(scores, positions, at), slope
+            visible = at[None] <= positions[:, None]
+            if window is not None:
+                visible &= at[None] > positions[:, None] - window
+            return jnp.where(jnp.repeat(visible, group, axis=0)[None], scores, -jnp.inf), slope
 
         def normaliser(index, state):
             best, total, out = state

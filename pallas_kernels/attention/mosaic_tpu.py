@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.arrays import round_up
 from pallas_kernels.attention.segment_tpu import MAX_HEAD_DIM, ROWS_MULTIPLE, finish, segment, sub_tile
 from pallas_kernels.compat import pl, pltpu
-from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, in_hbm, lies_transposed, require_dtype, round_up
+from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, in_hbm, lies_transposed, require_dtype
 
 MOST_SUB_TILES = 8
 MOST_ROWS = 4096

@@ -13,7 +13,8 @@ A page does not know the state it is merged into: pages may be computed anywhere
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tiles_tpu import dot, lies_transposed, round_up
+from pallas_kernels.arrays import round_up
+from pallas_kernels.tiles_tpu import dot, lies_transposed
 
 MAX_HEAD_DIM = 256
 

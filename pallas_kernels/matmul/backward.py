@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.gradient import cotangent, over_rows, row_total, sum_so_far, value_of
+from pallas_kernels.gradient import cotangent, row_total, sum_so_far, value_of
 from pallas_kernels.reduce import dot_f32, pin
+from pallas_kernels.rows import over_rows
 
 
 def matmul(static, operands, dy):

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import pl, pltpu
-from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, dot, require_dtype, round_up
+from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, dot, require_dtype
 
 ROW_TILE = 128
 COLUMN_TILE = 512

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gradient import cotangent, over_rows, row_total, sum_so_far, value_of
+from pallas_kernels.gradient import cotangent, row_total, sum_so_far, value_of
 from pallas_kernels.reduce import pin, row_sum
+from pallas_kernels.rows import over_rows
 
 
 def rms_norm(static, operands, dy):

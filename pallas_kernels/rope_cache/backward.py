@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.gradient import cotangent, over_rows, row_total, sum_so_far, value_of
+from pallas_kernels.gradient import cotangent, row_total, sum_so_far, value_of
 from pallas_kernels.reduce import pin
 from pallas_kernels.rms_norm.backward import through_norm
+from pallas_kernels.rows import over_rows
 
 
 def rope_cache(static, operands, cotangents):

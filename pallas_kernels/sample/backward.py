@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.gradient import over_rows
 from pallas_kernels.reduce import log_sum_exp, pin
+from pallas_kernels.rows import over_rows
 
 
 def token_logprobs(static, operands, cotangents):

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import pl, pltpu
 from pallas_kernels.numerics import WIDE_REDUCE_LANES
 from pallas_kernels.reduce import pin
 from pallas_kernels.sample.int32 import HIGHEST, LOWEST, from_key, gumbel, noise_keys
 from pallas_kernels.sample.xla import INT32_MAX, lowest
-from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT, round_up
+from pallas_kernels.tiles_tpu import LANES, VMEM_LIMIT
 
 ROWS = 8
 """Sublanes of a float32 tile."""
