@@ -1,6 +1,7 @@
 """The offline API: text or token ids in, completions out."""
 
 import functools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -142,10 +143,10 @@ class LLM:
                     f"{max_model_len}; lower max_model_len or use another model"
                 )
             drafter = _load(small, DTYPES[dtype], backend, max_model_len)
-        self.weights_digest = weights_digest(nnx.state(network))
+        self._weights_digest: str | None = weights_digest(nnx.state(network))
         self.engine = Engine(
             network,
-            salt=self.weights_digest,
+            salt=self._weights_digest,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -322,6 +323,39 @@ class LLM:
         for sequence in request.sequences:
             self.engine.abort(sequence)
             self._live.pop(sequence, None)
+
+    @property
+    def params(self) -> nnx.State:
+        """The parameters on the device, as the kernels read them; `update_weights` ends these arrays."""
+        return self.engine.step_fn.params
+
+    @property
+    def weights_digest(self) -> str:
+        """Digest of every bit of the weights, as hex; after `update_weights` it is computed when asked for."""
+        if self._weights_digest is None:
+            self._weights_digest = weights_digest(self.engine.step_fn.state)
+        return self._weights_digest
+
+    def update_weights(self, params: nnx.State) -> float:
+        """Takes a trainer's parameters and forgets all cached prefixes; then it is as an LLM loaded with them.
+
+        They are cast on the device by one program, into the memory of the present weights; `params` stays as it is.
+
+        Args:
+            params: the tree of `params`, packed alike, in any float dtype.
+
+        Returns:
+            The seconds it took.
+
+        Raises:
+            RuntimeError: requests are running or waiting.
+            ValueError: a parameter is missing, surplus, of another shape or no float.
+        """
+        started = time.perf_counter()
+        self.engine.update_params(params)
+        self._weights_digest = None
+        jax.block_until_ready(self.engine.step_fn.state)
+        return time.perf_counter() - started
 
     def stats(self) -> EngineStats:
         """What the engine did so far: tokens, cache hits, preemptions, step times, compiled programs."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxdet.engine import batch as arrays
 from jaxdet.engine.buckets import Bucket, Buckets
@@ -277,6 +278,19 @@ class Engine:
             if self._drafter:
                 self._drafter.reset()
             raise
+
+    def update_params(self, params: nnx.State) -> None:
+        """Takes other weights, cast into the memory of the present ones, and forgets all cached prefixes.
+
+        Raises:
+            RuntimeError: requests are running or waiting; they would go on with other weights than they began with.
+            ValueError: `params` doesn't fit the model.
+        """
+        if self.has_work:
+            count = len(self.scheduler.running) + len(self.scheduler.waiting)
+            raise RuntimeError(f"{count} sequences are running or waiting; finish or abort them, then update")
+        self.step_fn.update_params(params)
+        self.pool.clear()
 
     def compile_all(self, *, progress: bool = False) -> None:
         """Compiles every program that a request may need, so that none has to wait for one.

@@ -49,7 +49,7 @@ class Step:
     def __init__(self, model: DecoderLM):
         self.config, self.dtype, self.backend = model.config, model.dtype, model.backend
         graph, self.state = nnx.split(model)
-        backend = self.backend
+        self.graph, backend = graph, self.backend
         bind = functools.partial
         self._functions = {
             "model": jax.jit(bind(_model, graph, self._tree), donate_argnums=1),
@@ -60,6 +60,7 @@ class Step:
             "logprobs": jax.jit(bind(_logprobs, backend), static_argnames="top"),
             "score": jax.jit(bind(_score, graph, self._tree), static_argnames="top"),
             "copy": jax.jit(_copy_pages, donate_argnums=0),
+            "cast": jax.jit(_cast_like, donate_argnums=1, keep_unused=True),
         }
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
@@ -71,6 +72,23 @@ class Step:
     @state.setter
     def state(self, state: nnx.State) -> None:
         self._weights, self._tree = jax.tree.flatten(state)
+
+    @property
+    def params(self) -> nnx.State:
+        """The weights that training changes: all but RoPE's tables."""
+        return nnx.filter_state(self.state, nnx.Param)
+
+    def update_params(self, params: nnx.State) -> None:
+        """Casts new parameters into the memory of the present ones, which are donated; one program, on the device.
+
+        Raises:
+            ValueError: a parameter is missing, surplus, of another shape or no float.
+        """
+        old, rest = nnx.split_state(self.state, nnx.Param, ...)
+        _check_like(params, old)
+        leaves, tree = jax.tree.flatten(old)
+        new = self._call("cast", _dtypes(params), jax.tree.leaves(params), leaves)
+        self.state = nnx.merge_state(jax.tree.unflatten(tree, new), rest)
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """Zeroed pages for every layer: [num_pages, Hkv, page_size, D] for keys and for values."""
@@ -200,3 +218,29 @@ def _score(graph, tree, weights, hidden, targets, *, top: int) -> Logprobs:
 
 def _copy_pages(cache: KVCache, sources, targets) -> KVCache:
     return jax.tree.map(lambda pages: pages.at[targets].set(pages[sources]), cache)
+
+
+def _cast_like(new: list[jax.Array], old: list[jax.Array]) -> list[jax.Array]:
+    return [x.astype(y.dtype) for x, y in zip(new, old, strict=True)]
+
+
+def _dtypes(params: nnx.State) -> tuple:
+    return tuple(x.dtype for x in jax.tree.leaves(params))
+
+
+def _check_like(params: nnx.State, old: nnx.State) -> None:
+    """Raises unless both trees have the same leaves; names the first that differs."""
+    found, expected = (
+        {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, old)
+    )
+    if different := sorted(found.keys() ^ expected.keys()):
+        state = "is missing" if different[0] in expected else "is not one of the model's"
+        raise ValueError(f"params: {different[0]} {state}; use the tree of llm.params")
+    for name, x in expected.items():
+        new = found[name]
+        if new.shape != x.shape or not jnp.issubdtype(new.dtype, jnp.floating):
+            raise ValueError(
+                f"params: {name} is {new.dtype}{list(new.shape)} but must be floats of shape {list(x.shape)}; "
+                "use the layout of llm.params"
+            )
