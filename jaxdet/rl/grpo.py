@@ -1,0 +1,316 @@
+"""GRPO, truly on-policy: the trainer's log-probabilities are the sampler's, to the last bit.
+
+One step: every prompt gets a group of completions, rewards are compared within the group, and the clipped objective of
+PPO weighs each token by its group-relative advantage (Shao et al. 2024, https://arxiv.org/abs/2402.03300). Masters are
+float32 in the layout of the kernels' weights; after the update one program casts them into the engine's weights, which
+the trainer's own forward pass reads too: there is one copy of each.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from jaxdet.engine.digest import weights_digest
+from jaxdet.llm import LLM, Prompt
+from jaxdet.rl.gradients import GradientSums, accumulate
+from jaxdet.rl.metrics import MetricsLog
+from jaxdet.rl.optimize import update
+from jaxdet.rl.packing import MicroBatch, pack
+from jaxdet.rl.rollouts import Reward, Sample, sample
+from jaxdet.rl.training_state import TrainingState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Settings of a run.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    prompts_per_step: int = 8
+    group_size: int = 8
+    """Completions of each prompt, compared with each other; at least 2."""
+    max_tokens: int = 64
+    """Of one completion."""
+    updates_per_step: int = 1
+    """Optimizer steps on the same completions; from the second on the importance ratio is no longer 1."""
+    clip: float = 0.2
+    """How far the importance ratio may leave 1."""
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    micro_batch_tokens: int = 4096
+    """Tokens, padding included, of one forward and backward pass; changes memory and speed, and no bit."""
+    remat: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same bits."""
+
+    def __post_init__(self):
+        for name, smallest in (
+            ("prompts_per_step", 1),
+            ("group_size", 2),
+            ("max_tokens", 1),
+            ("updates_per_step", 1),
+            ("seed", 0),
+            ("micro_batch_tokens", 1),
+        ):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least {smallest}")
+        for name in ("clip", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What bits depend on."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("micro_batch_tokens", "remat")}
+
+
+class GRPO:
+    """Trains all weights of an `LLM` in place; two runs with the same arguments end with the same bits.
+
+    Args:
+        llm: what samples and is trained; it must run nothing else while a step is taken.
+        reward: scores a completion.
+        optimizer: an elementwise optax optimizer, such as `optax.adamw(1e-6)`: weights are packed, so rows and columns
+            mean nothing to it.
+        config: settings.
+        directory: for checkpoints and metrics; a run that is found there goes on from its last checkpoint.
+        save_every: steps from one checkpoint to the next; the last step has one as well.
+
+    Raises:
+        ValueError: the run in `directory` had other settings.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        reward: Reward,
+        optimizer: optax.GradientTransformation,
+        config: GRPOConfig,
+        *,
+        directory: str | Path | None = None,
+        save_every: int = 10,
+    ):
+        self.llm, self.reward, self.config, self._optimizer = llm, reward, config, optimizer
+        self.finished_steps = 0
+        self._save_every = save_every
+        self.masters: nnx.State = jax.tree.map(lambda x: jnp.array(x, jnp.float32), llm.params)
+        """The float32 weights, in the layout of `llm.params`."""
+        self._optimizer_state = jax.jit(optimizer.init)(self.masters)
+        self._directory = None if directory is None else Path(directory)
+        self._saved = None
+        if self._directory is not None:
+            self._saved = TrainingState(self._directory / "checkpoints", config.settings)
+            if (step := self._saved.last_step) is not None:
+                self.masters, self._optimizer_state = self._saved.restore(
+                    (self.masters, self._optimizer_state)
+                )
+                self.finished_steps = step
+                llm.update_weights(self.masters)
+
+    def digest(self) -> str:
+        """Digest of every bit of the float32 masters."""
+        return weights_digest(self.masters)
+
+    def train(
+        self, prompts: Sequence[Prompt], steps: int, *, use_tqdm: bool = True
+    ) -> list[dict[str, float]]:
+        """Takes steps until `steps` of them are finished, those before a resumption included.
+
+        Args:
+            prompts: all of them are gone through in an order of `config.seed`, then again in another. A dictionary may
+                hold more than {"prompt": …}, such as the answer that `reward` expects.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            The metrics of the steps taken now.
+        """
+        log = None if self._directory is None else MetricsLog(self._directory, self.finished_steps)
+        history = []
+        try:
+            with tqdm(
+                total=steps, initial=self.finished_steps, desc="GRPO", unit="step", disable=not use_tqdm
+            ) as bar:
+                while self.finished_steps < steps:
+                    metrics = self.step([prompts[i] for i in self._order(len(prompts))])
+                    history.append(metrics)
+                    if log is not None:
+                        log.write(metrics)
+                    if self._saved and (
+                        self.finished_steps % self._save_every == 0 or self.finished_steps == steps
+                    ):
+                        self._saved.save(self.finished_steps, (self.masters, self._optimizer_state))
+                    bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=metrics["kl"], refresh=False)
+                    bar.update()
+        finally:
+            if log is not None:
+                log.close()
+        return history
+
+    def _order(self, count: int) -> list[int]:
+        """Which prompts come next."""
+        first = self.finished_steps * self.config.prompts_per_step
+        passes = {}
+        chosen = []
+        for at in range(first, first + self.config.prompts_per_step):
+            number, place = divmod(at, count)
+            if number not in passes:
+                passes[number] = np.random.default_rng([self.config.seed, number]).permutation(count)
+            chosen.append(int(passes[number][place]))
+        return chosen
+
+    def step(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Samples, compares, updates and refreshes the sampler's weights.
+
+        Returns:
+            step: steps finished before it.
+            reward, reward_std: mean and standard deviation over all completions.
+            kl: estimate of KL(sampler ‖ trainer) per token before the update, mean of ratio − 1 − log ratio.
+            max_logprob_difference: largest |trainer's − sampler's| of any token before the update.
+            grad_norm: before clipping, of the last update.
+            clipped: share of tokens whose gradient the clipping stopped, in the last update.
+            output_tokens: sampled in all; mean_length: a completion.
+            sample_seconds, train_seconds, refresh_seconds: refresh is the cast into the sampler's weights.
+        """
+        c, number = self.config, self.finished_steps
+        started = time.perf_counter()
+        samples = sample(
+            self.llm,
+            prompts,
+            self.reward,
+            group_size=c.group_size,
+            max_tokens=c.max_tokens,
+            seeds=[_seed(c.seed, number, i) for i in range(len(prompts))],
+        )
+        sampled = time.perf_counter()
+        batches = _micro_batches(samples, c.micro_batch_tokens)
+        metrics: dict[str, float] = {}
+        refresh_seconds = 0.0
+        for turn in range(c.updates_per_step):
+            sums, seen = _zeros(self.masters), []
+            model = self.llm.engine.step_fn
+            for micro, _, old, weight in batches:
+                sums, values = _accumulate(
+                    model.graph, c.clip, c.remat, model.state, sums, micro, old, weight
+                )
+                seen.append(values)
+            self.masters, self._optimizer_state, norm = update(
+                self._optimizer, c.max_grad_norm, self.masters, self._optimizer_state, sums
+            )
+            if not np.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradient of step {number} is not finite; resume with a lower rate"
+                )
+            differences = _differences(samples, batches, jax.device_get(seen))
+            if turn == 0:
+                metrics |= _off_policy(differences)
+            refresh_seconds += self.llm.update_weights(self.masters)
+            metrics |= {"grad_norm": float(norm), "clipped": _clipped(samples, differences, c.clip)}
+        self.finished_steps += 1
+        rewards, count = np.asarray([s.reward for s in samples]), sum(len(s.logprobs) for s in samples)
+        return {
+            "step": number,
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
+            **metrics,
+            "output_tokens": count,
+            "mean_length": count / len(samples),
+            "sample_seconds": sampled - started,
+            "train_seconds": time.perf_counter() - sampled - refresh_seconds,
+            "refresh_seconds": refresh_seconds,
+        }
+
+
+def objective(
+    values: Float[Array, " T"],
+    _: MicroBatch,
+    old: Float[Array, " T"],
+    weight: Float[Array, " T"],
+    clip: float,
+) -> tuple[Float[Array, ""], Float[Array, " T"]]:
+    """−Σ min(ratio · A, clip(ratio) · A) · weight, and the trainer's logprobs.
+
+    Args:
+        values: log-probabilities under the weights in training.
+        old: the sampler's.
+        weight: advantage / output tokens of the whole batch; 0 where nothing was sampled.
+        clip: see `GRPOConfig`.
+    """
+    ratio = jnp.exp(values - old)
+    bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
+    # Not `minimum`: at equality it halves the gradient and adds the halves, a sum that may round in two ways.
+    free = jax.lax.stop_gradient(ratio * weight <= bounded * weight)
+    return -jnp.sum(jnp.where(free, ratio, jax.lax.stop_gradient(bounded)) * weight), values
+
+
+_zeros = jax.jit(GradientSums.zeros)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "clip", "remat"), donate_argnames="sums")
+def _accumulate(graph, clip: float, remat: bool, state, sums: GradientSums, micro: MicroBatch, old, weight):
+    bounded = functools.partial(objective, clip=clip)
+    return accumulate(nnx.merge(graph, state), sums, micro, bounded, old, weight, remat=remat)
+
+
+_Prepared = tuple[MicroBatch, list[slice], Float[np.ndarray, " T"], Float[np.ndarray, " T"]]
+"""A micro-batch, where each sample's tokens are, the sampler's logprobs, and advantage / output tokens."""
+
+
+def _micro_batches(samples: list[Sample], micro_batch_tokens: int) -> list[_Prepared]:
+    count = sum(len(s.logprobs) for s in samples)
+    left, prepared = iter(samples), []
+    for micro, where in pack([s.tokens for s in samples], micro_batch_tokens):
+        old, weight = (np.zeros(micro.targets.shape, np.float32) for _ in range(2))
+        for rows in where:
+            s = next(left)
+            output = _output(rows, s)
+            old[output], weight[output] = s.logprobs, s.advantage / count
+        prepared.append((micro, where, old, weight))
+    return prepared
+
+
+def _output(rows: slice, s: Sample) -> slice:
+    """The places whose targets are the sample's output tokens."""
+    return slice(rows.start + s.start - 1, rows.stop - 1)
+
+
+def _differences(samples: list[Sample], batches: list[_Prepared], seen: list[np.ndarray]) -> list[np.ndarray]:
+    """Per sample the trainer's logprobs less the sampler's, in float64."""
+    left, found = iter(samples), []
+    for (_, where, _, _), values in zip(batches, seen, strict=True):
+        for rows in where:
+            s = next(left)
+            found.append(values[_output(rows, s)].astype(np.float64) - s.logprobs)
+    return found
+
+
+def _off_policy(differences: list[np.ndarray]) -> dict[str, float]:
+    every = np.concatenate(differences)
+    return {
+        "kl": float(np.mean(np.expm1(every) - every)),
+        "max_logprob_difference": float(np.abs(every).max()),
+    }
+
+
+def _clipped(samples: list[Sample], differences: list[np.ndarray], clip: float) -> float:
+    stopped = [
+        np.where(s.advantage > 0, np.exp(d) > 1 + clip, np.exp(d) < 1 - clip) & (s.advantage != 0)
+        for s, d in zip(samples, differences, strict=True)
+    ]
+    return float(np.concatenate(stopped).mean())
+
+
+def _seed(*numbers: int) -> int:
+    """A sampling seed of its own for every prompt of every step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

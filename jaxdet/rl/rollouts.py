@@ -1,0 +1,81 @@
+"""What is sampled in a step of RL, and how it compares within its group."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxdet.llm import LLM, Prompt
+from jaxdet.outputs import CompletionOutput
+from jaxdet.sampling_params import SamplingParams
+
+Reward = Callable[[Prompt, CompletionOutput], float]
+"""(the prompt as it was given, one completion) -> how good it is."""
+
+SMALLEST_SPREAD = 1e-6
+"""Added to a group's standard deviation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One completion."""
+
+    tokens: list[int]
+    """Prompt and output."""
+    start: int
+    """Tokens of the prompt."""
+    logprobs: Float[np.ndarray, " output"]
+    """The sampler's, float32, of every output token."""
+    reward: float
+    advantage: float
+
+
+def sampled_logprobs(completion: CompletionOutput) -> Float[np.ndarray, " output"]:
+    """The sampler's float32 logprob of every output token; the request must have had `logprobs=0` or more."""
+    if completion.logprobs is None:
+        raise ValueError("completion has no logprobs; sample with SamplingParams(logprobs=0)")
+    chosen = zip(completion.token_ids, completion.logprobs, strict=True)
+    return np.asarray([entry[token].logprob for token, entry in chosen], np.float32)
+
+
+def sample(
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    *,
+    group_size: int,
+    max_tokens: int,
+    seeds: Sequence[int],
+) -> list[Sample]:
+    """`group_size` completions of every prompt from the model's own distribution, group after group.
+
+    Args:
+        seeds: one per prompt.
+
+    Raises:
+        FloatingPointError: the model's logits were NaN.
+        ValueError: a reward is not a finite number.
+    """
+    params = [
+        SamplingParams(n=group_size, temperature=1.0, max_tokens=max_tokens, seed=seed, logprobs=0)
+        for seed in seeds
+    ]
+    samples = []
+    for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
+        if any(c.finish_reason == "error" for c in output.outputs):
+            raise FloatingPointError("the model's logits are NaN; lower the learning rate and resume")
+        rewards = np.asarray([float(reward(prompt, c)) for c in output.outputs])
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"reward gave {rewards.tolist()}; it must give finite numbers")
+        ids = list(output.prompt_token_ids)
+        samples += [
+            Sample(ids + list(c.token_ids), len(ids), sampled_logprobs(c), float(r), float(a))
+            for c, r, a in zip(output.outputs, rewards, advantages(rewards), strict=True)
+        ]
+    return samples
+
+
+def advantages(rewards: Float[np.ndarray, " group"]) -> Float[np.ndarray, " group"]:
+    """(reward − the group's mean) / its standard deviation (Shao et al. 2024, GRPO); 0 where all are equal."""
+    return (rewards - rewards.mean()) / (rewards.std() + SMALLEST_SPREAD)
