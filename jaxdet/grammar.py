@@ -35,10 +35,21 @@ class JsonGrammars:
                 json.dumps(schema), overrides={"whitespace_flexible": False}
             )
         except (ValueError, RecursionError) as error:
-            raise _refusal(str(error)) from None
+            raise _refusal("json_schema", str(error)) from None
+        return self.start(grammar, "json_schema")
+
+    def start(self, grammar: str, what: str) -> "JsonConstraint":
+        """A constraint at the beginning of an answer that follows a grammar of llguidance's.
+
+        Args:
+            what: the argument it was made from.
+
+        Raises:
+            ValueError: llguidance can't follow it.
+        """
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise _refusal(matcher.get_error())
+            raise _refusal(what, matcher.get_error())
         return JsonConstraint(matcher)
 
 
@@ -64,5 +75,5 @@ class JsonConstraint:
         return type(self)(self._matcher.deep_copy())
 
 
-def _refusal(reason: str) -> ValueError:
-    return ValueError(f"json_schema can't be followed: {reason.splitlines()[0]}; use a simpler schema")
+def _refusal(what: str, reason: str) -> ValueError:
+    return ValueError(f"{what} can't be followed: {reason.splitlines()[0]}; use a simpler schema")

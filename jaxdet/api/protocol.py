@@ -14,6 +14,7 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_BIASES = 1024
+MAX_TOOLS = 128
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -24,6 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenKey = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+FunctionName = Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Object = dict[str, JsonValue]
 
 
@@ -94,7 +96,9 @@ class Sampling(Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(
+        self, *, max_tokens: int | None, logprobs: int | None, skip_special_tokens: bool = True
+    ) -> SamplingParams:
         """The engine's parameters; null means OpenAI's default.
 
         Raises:
@@ -117,6 +121,7 @@ class Sampling(Strict):
             stop_token_ids=self.stop_token_ids or (),
             max_tokens=max_tokens,
             logprobs=logprobs,
+            skip_special_tokens=skip_special_tokens,
         )
 
 
@@ -170,15 +175,38 @@ class Message(Strict):
 
 
 class Function(Strict):
-    name: str
+    name: FunctionName
     description: str | None = None
     parameters: Object | None = None
     strict: bool | None = None
+
+    def arguments_schema(self) -> Object:
+        """What its arguments must be; without parameters, an empty object.
+
+        Raises:
+            ValueError: parameters describe no object.
+        """
+        if self.parameters is None:
+            return {"type": "object", "additionalProperties": False}
+        if self.parameters.get("type", "object") != "object":
+            raise ValueError(f'tools: the parameters of {self.name!r} must have the type "object"; wrap them')
+        return {**self.parameters, "type": "object"}
 
 
 class Tool(Strict):
     type: Literal["function"]
     function: Function
+
+
+class FunctionRef(Strict):
+    name: str
+
+
+class ToolChoice(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionRef
 
 
 class ChatCompletionRequest(Sampling):
@@ -187,14 +215,40 @@ class ChatCompletionRequest(Sampling):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """Whether an answer may hold more than one call; null means yes."""
+
+    def functions(self) -> dict[str, Function]:
+        """What the model may call.
+
+        Raises:
+            ValueError: two of them have one name, or tool_choice wants one that isn't there.
+        """
+        offered = (
+            {} if self.tool_choice == "none" else {t.function.name: t.function for t in self.tools or ()}
+        )
+        if offered and len(offered) < len(self.tools or ()):
+            raise ValueError("tools: two functions have the same name; rename one")
+        if self.tool_choice == "required" and not offered:
+            raise ValueError('tool_choice "required" needs tools; give some')
+        if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in offered:
+            raise ValueError(f"tool_choice: {self.tool_choice.function.name!r} isn't among the tools; add it")
+        return offered
+
+    def forced(self) -> dict[str, Function]:
+        """Those of `functions` of which it must call at least one."""
+        offered = self.functions()
+        if isinstance(self.tool_choice, ToolChoice):
+            return {self.tool_choice.function.name: offered[self.tool_choice.function.name]}
+        return offered if self.tool_choice == "required" else {}
 
     def template_arguments(self) -> dict[str, Any]:
         """What the chat template gets."""
         found: dict[str, Any] = {"messages": [message.for_template() for message in self.messages]}
-        if self.tools and self.tool_choice != "none":
-            found["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        if self.functions():
+            found["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         return found
 
 

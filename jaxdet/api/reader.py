@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxdet.api.errors import ApiError
 from jaxdet.api.protocol import ChatCompletionRequest, CompletionRequest, Prompts, Sampling
+from jaxdet.api.tools import ToolUse, form_of, grammar
 from jaxdet.engine.sequence import Constraint
 from jaxdet.llm import LLM, Prompt, Request
 from jaxdet.sampling_params import SamplingParams
@@ -23,6 +24,8 @@ class Task:
     logprobs: int | None
     """How many of the most likely tokens to list."""
     constraint: Constraint | None
+    tools: ToolUse | None = None
+    """The tool calls that its answers may hold."""
 
     @property
     def submit(self) -> list[Callable[[LLM], Request]]:
@@ -72,9 +75,49 @@ class Reader:
             raise ApiError(400, "top_logprobs needs logprobs; set it to true", param="top_logprobs")
         wanted = (body.top_logprobs or 0) if body.logprobs else None
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        params = body.sampling_params(max_tokens=self._max_tokens(most, None), logprobs=wanted)
+        tools = self._tools(body)
+        params = body.sampling_params(
+            max_tokens=self._max_tokens(most, None),
+            logprobs=wanted,
+            skip_special_tokens=tools is None or not tools.form.is_special(self._llm.tokenizer),
+        )
         prompt = self._llm.chat_prompt(**body.template_arguments(), **template)
-        return self._task("chat.completion", body, [prompt], params, wanted)
+        task = self._task("chat.completion", body, [prompt], params, wanted)
+        if tools is not None and (forced := body.forced()):
+            several = body.parallel_tool_calls is not False
+            schemas = {name: function.arguments_schema() for name, function in forced.items()}
+            rules = grammar(tools.form, schemas, self._llm.tokenizer, several=several)
+            task = dataclasses.replace(task, constraint=self._grammars.start(rules, "tools"))
+        return dataclasses.replace(task, tools=tools)
+
+    def _tools(self, body: ChatCompletionRequest) -> ToolUse | None:
+        """What answers are searched for; None: the body offers no tools, or the model's form of calls is unknown."""
+        offered, forced = body.functions(), body.forced()
+        if not offered:
+            return None
+        template = self._llm.tokenizer.chat_template or ""
+        if "tools" not in template:
+            raise ApiError(400, "tools: this model's chat template takes none; leave them out", param="tools")
+        form = form_of(template)
+        if form is None and forced:
+            raise ApiError(
+                400,
+                "tool_choice: how this model writes calls isn't known; use 'auto' or 'none'",
+                param="tool_choice",
+            )
+        if body.parallel_tool_calls is False and not forced:
+            raise ApiError(
+                400,
+                "parallel_tool_calls=false needs tool_choice 'required' or a function; set it",
+                param="parallel_tool_calls",
+            )
+        if body.response_format is not None and body.response_format.type != "text":
+            raise ApiError(
+                400,
+                "response_format would rule out calls of tools; leave one out or set tool_choice to 'none'",
+                param="response_format",
+            )
+        return form and ToolUse(form, frozenset(offered))
 
     def encode(self, prompts: Prompts) -> list[dict[str, Any]]:
         """Prompts of the protocol as prompts of the engine."""

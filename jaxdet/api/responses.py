@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jaxdet.api.tools import Call, ToolParser, ToolUse
 from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput
 
 LOWEST = -9999.0
@@ -25,6 +27,8 @@ class Answer:
     fingerprint: str
     logprobs: int | None
     """How many of the most likely tokens to list."""
+    tools: ToolUse | None = None
+    """The tool calls that it may hold."""
     id: str = dataclasses.field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -44,17 +48,14 @@ class Answer:
 
     def chunk(self, index: int, completion: CompletionOutput, offset: int) -> str:
         """The event of what came since the last one; `offset` is the length of the text before it."""
-        if not self.is_chat:
-            return self._event(self._choice(index, completion, offset))
-        delta = {"content": completion.text} if completion.text or completion.logprobs else {}
-        return self._event(
-            {
-                "index": index,
-                "delta": delta,
-                "logprobs": self._logprobs(completion, offset),
-                "finish_reason": completion.finish_reason,
-            }
-        )
+        return self._event(self._choice(index, completion, offset))
+
+    def delta(
+        self, index: int, completion: CompletionOutput, delta: dict[str, Any], reason: str | None
+    ) -> str:
+        """The event of what came since the last one in a chat."""
+        logprobs = self._logprobs(completion, 0)
+        return self._event({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
     def opening(self, index: int) -> str:
         """The first event of a choice of a chat: who speaks."""
@@ -84,16 +85,27 @@ class Answer:
             "choices": choices,
         }
 
+    def tool_call(self, index: int, place: int, call: Call) -> dict[str, Any]:
+        """A call of a choice; `place` counts them."""
+        # Mistral's templates want nine letters or digits.
+        name = hashlib.sha256(f"{self.id}/{index}/{place}".encode()).hexdigest()[:9]
+        return {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
     def _choice(self, index: int, completion: CompletionOutput, offset: int = 0) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index}
+        reason = completion.finish_reason
         if self.is_chat:
-            choice["message"] = {"role": "assistant", "content": completion.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+            if self.tools is not None:
+                piece = self.tools.parser().feed(completion.text, last=True)
+                if piece.calls:
+                    calls = [self.tool_call(index, place, call) for place, call in enumerate(piece.calls)]
+                    message |= {"content": piece.content or None, "tool_calls": calls}
+                    reason = "tool_calls" if reason == "stop" else reason
+            choice["message"] = message
         else:
             choice["text"] = completion.text
-        return choice | {
-            "logprobs": self._logprobs(completion, offset),
-            "finish_reason": completion.finish_reason,
-        }
+        return choice | {"logprobs": self._logprobs(completion, offset), "finish_reason": reason}
 
     def _logprobs(self, completion: CompletionOutput, offset: int) -> dict[str, Any] | None:
         if completion.logprobs is None or self.logprobs is None:
@@ -118,6 +130,49 @@ class Answer:
             "top_logprobs": [{e.decoded_token: _value(e) for e in entry.values()} for _, entry in pairs],
             "text_offset": offsets,
         }
+
+
+class Stream:
+    """The events of an answer's choices, as their completions grow."""
+
+    def __init__(self, answer: Answer):
+        self._answer = answer
+        self._lengths: dict[int, int] = {}
+        """Characters so far of each choice that has begun."""
+        self._parsers: dict[int, ToolParser] = {}
+        self._calls: dict[int, int] = {}
+        """Calls so far of each choice that has any."""
+
+    def events(self, index: int, completion: CompletionOutput) -> Iterator[str]:
+        """What a choice's next tokens and text are told as; often nothing."""
+        answer, text, reason = self._answer, completion.text, completion.finish_reason
+        if index not in self._lengths and answer.is_chat:
+            yield answer.opening(index)
+        offset = self._lengths.get(index, 0)
+        self._lengths[index] = offset + len(text)
+        # A token may be no text yet: half a character, or the beginning of a stop string.
+        some = bool(completion.logprobs or reason)
+        if not answer.is_chat:
+            if text or some:
+                yield answer.chunk(index, completion, offset)
+            return
+        delta: dict[str, Any] = {}
+        if answer.tools is not None:
+            parser = self._parsers.setdefault(index, answer.tools.parser())
+            text, calls = parser.feed(text, last=reason is not None)
+            first = self._calls.get(index, 0)
+            if calls:
+                self._calls[index] = first + len(calls)
+                numbered = enumerate(calls, first)
+                delta["tool_calls"] = [
+                    {"index": n} | answer.tool_call(index, n, call) for n, call in numbered
+                ]
+            if reason == "stop" and index in self._calls:
+                reason = "tool_calls"
+        if text or completion.logprobs:
+            delta["content"] = text
+        if delta or some:
+            yield answer.delta(index, completion, delta, reason)
 
 
 def usage(outputs: Iterable[RequestOutput]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class _Service:
             log.info("prompts: %s", json.dumps(task.prompts))
         job = Job(task.submit, task.size, stream=bool(body.stream))
         await self._loop.open(job)
-        answer = Answer(task.kind, self._name, self._fingerprint, task.logprobs)
+        answer = Answer(task.kind, self._name, self._fingerprint, task.logprobs, task.tools)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(self._loop, job, answer, usage=usage, timeout=self._settings.timeout)

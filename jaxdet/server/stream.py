@@ -10,7 +10,7 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from jaxdet.api.responses import Answer, count_usage
+from jaxdet.api.responses import Answer, Stream, count_usage
 from jaxdet.outputs import RequestOutput
 from jaxdet.server.errors import api_error
 from jaxdet.server.loop import EngineLoop, Job
@@ -82,7 +82,7 @@ async def _events(loop: EngineLoop, job: Job, answer: Answer, *, usage: bool) ->
     try:
         prompts: dict[int, RequestOutput] = {}
         tokens, per_prompt = 0, job.size // len(job.submit)
-        lengths: dict[int, int] = {}
+        stream = Stream(answer)
         async for updates in loop.updates(job):
             events: list[str] = []
             for update in updates:
@@ -90,14 +90,8 @@ async def _events(loop: EngineLoop, job: Job, answer: Answer, *, usage: bool) ->
                 prompts[update.place] = update.output
                 for completion in update.output.outputs:
                     index = update.place * per_prompt + completion.index
-                    if index not in lengths and answer.is_chat:
-                        events.append(answer.opening(index))
                     tokens += len(completion.token_ids)
-                    offset = lengths.get(index, 0)
-                    lengths[index] = offset + len(completion.text)
-                    # A token may be no text yet: half a character, or the beginning of a stop string.
-                    if completion.text or completion.logprobs or completion.finish_reason:
-                        events.append(answer.chunk(index, completion, offset))
+                    events += stream.events(index, completion)
             if events:
                 yield "".join(events).encode()
         if usage:
