@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from jaxdet.cli.batch import batch
 from jaxdet.cli.generation import chat, generate
 from jaxdet.cli.messages import complain
 from jaxdet.cli.models import convert, info
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (generate, chat, serve, convert, verify, bench, info, demo):
+for command in (generate, chat, batch, serve, convert, verify, bench, info, demo):
     app.command()(command)
 
 
