@@ -11,12 +11,13 @@ import numpy as np
 
 from pallas_kernels.attention.segment_tpu import MAX_HEAD_DIM
 from pallas_kernels.attention.segments_sm90 import BLOCK, MOST_GROUPED_HEADS
+from pallas_kernels.numerics import GPU_ATTENTION_TILES, GPU_ROW_TILES, ROW_TILE
 
 BACKENDS = ("xla", "mosaic_gpu", "mosaic_tpu")
 
 # AVX-512 with bfloat16 products and without AMX is where the row count was proven not to touch the order of XLA's
 # dots (tests/test_matmul.py): XLA has other kernels, with other orders, for every other set of instructions.
-# Elsewhere every dot has ROW_TILE rows, which needs no such proof.
+# Elsewhere every dot has `row_tile` rows, which needs no such proof.
 ROW_FREE_ISAS = frozenset({"x86_64/avx512_bf16"})
 
 
@@ -114,3 +115,24 @@ def platform_key() -> str:
 def rows_are_free() -> bool:
     """Whether XLA's dots on the default device may have any number of rows without changing a row's bits."""
     return jax.default_backend() == "cpu" and isa() in ROW_FREE_ISAS
+
+
+def row_tile(dtype) -> int:
+    """Rows of every dot of the xla backend where rows are not free."""
+    return GPU_ROW_TILES[np.dtype(dtype).itemsize] if jax.default_backend() == "gpu" else ROW_TILE
+
+
+def attention_tiles() -> int:
+    """Query tiles that the xla backend attends to in one dot where rows are not free."""
+    return GPU_ATTENTION_TILES if jax.default_backend() == "gpu" else 1
+
+
+def compiler_options(backend: str) -> dict[str, bool | int]:
+    """What the outermost `jax.jit` around a model needs: `jax.jit(f, compiler_options=compiler_options(backend))`.
+
+    XLA measures several kernels for a dot on a GPU and takes the fastest; another process may find another one fastest,
+    whose sum has another order. These options make it take cuBLAS's first choice for the shape. Elsewhere there are none.
+    """
+    if backend == "xla" and jax.default_backend() == "gpu":
+        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return {}

@@ -14,7 +14,14 @@ COLUMN_BLOCK = 64
 """xla matmul: output columns of one packed weight block."""
 
 ROW_TILE = 8
-"""xla backend on devices without proven row freedom: every dot has exactly this many rows."""
+"""xla backend on CPUs without proven row freedom: every dot has exactly this many rows."""
+
+GPU_ROW_TILES = {2: 128, 4: 32}
+"""The same on GPUs, by bytes of an element: as many rows as a read of the weights pays for, so that decode is no
+slower for them and a prompt reads its weights seldom. float32 has no matrix units, hence fewer."""
+
+GPU_ATTENTION_TILES = 16
+"""xla attention on GPUs: so many query tiles go through a dot together, always."""
 
 REDUCE_LANES = 64
 """Row sums: element i goes to lane i % REDUCE_LANES, lanes add up ascending, then halve pairwise."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention.op import attention
-from pallas_kernels.numerics import PAGE_SIZE
+from pallas_kernels.numerics import GPU_ATTENTION_TILES, PAGE_SIZE
 
 KV_HEADS, DIM, PAGES_PER_SEQUENCE, POOL = 2, 64, 3, 16
 LENGTH = 300
@@ -165,11 +165,13 @@ def test_head_dims(dim, heads, dtype):
     np.testing.assert_array_equal(found, whole[EDGES[::3]])
 
 
+@pytest.mark.parametrize("together", [1, GPU_ATTENTION_TILES])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dim", [64, 80])
-def test_row_tiles_agree_too(dim, dtype, monkeypatch):
-    """The path of machines without proven row freedom."""
+def test_row_tiles_agree_too(dim, dtype, together, monkeypatch):
+    """The path of machines without proven row freedom, of CPUs and of GPUs."""
     monkeypatch.setattr("pallas_kernels.attention.xla.rows_are_free", lambda: False)
+    monkeypatch.setattr("pallas_kernels.attention.xla.attention_tiles", lambda: together)
     run.cache_clear()
     try:
         dtype = jnp.dtype(dtype)
@@ -255,6 +257,17 @@ def test_an_unseen_value_may_be_anything(variant, dtype):
     """A value inside the rows' own tile, on a page's edges, in a tile that starts elsewhere."""
     for at, poison in zip((0, 1, 45, 127, 128, 290), 2 * POISONS, strict=True):
         assert_only_rows_that_see_it_are_nan(variant, jnp.dtype(dtype), at, poison)
+
+
+def test_batches_agree_in_groups_of_tiles(monkeypatch):
+    """As on GPUs without kernels of their own, where tiles of several sequences go through one dot."""
+    monkeypatch.setattr("pallas_kernels.attention.xla.rows_are_free", lambda: False)
+    monkeypatch.setattr("pallas_kernels.attention.xla.attention_tiles", lambda: GPU_ATTENTION_TILES)
+    run.cache_clear()
+    try:
+        test_batches_agree_with_each_sequence_alone("window_and_cap", "bfloat16")
+    finally:
+        run.cache_clear()
 
 
 def test_an_unseen_value_may_be_anything_in_row_tiles(monkeypatch):

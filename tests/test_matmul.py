@@ -18,6 +18,7 @@ import pytest
 from pallas_kernels import backend
 from pallas_kernels.matmul import xla
 from pallas_kernels.matmul.op import gated_matmul, matmul, pack, pack_gated, take_columns, unpack
+from pallas_kernels.numerics import GPU_ROW_TILES
 
 DTYPES = ("float32", "bfloat16", "float16")
 POOL = 16
@@ -25,11 +26,13 @@ ROWS = (1, 2, 3, 8, 33, 47, 50, 64, 65, 128, 257, 1024)
 POISON = (np.nan, np.inf, -np.inf, 1e30)
 
 
-@pytest.fixture(params=["default", "row_tiles"])
+@pytest.fixture(params=["default", "row_tiles", "gpu_row_tiles"])
 def path(request, monkeypatch):
-    """How this machine serves products, and the path of machines without proven row freedom."""
-    if request.param == "row_tiles":
+    """How this machine serves products, and the paths of machines without proven row freedom."""
+    if request.param != "default":
         monkeypatch.setattr(xla, "rows_are_free", lambda: False)
+    if request.param == "gpu_row_tiles":
+        monkeypatch.setattr(xla, "row_tile", lambda dtype: GPU_ROW_TILES[np.dtype(dtype).itemsize])
     return request.param
 
 

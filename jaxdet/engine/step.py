@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.backend import compiler_options
 from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, restrict, sample, token_logprobs
 
@@ -51,14 +52,15 @@ class Step:
         graph, self.state = nnx.split(model)
         self.graph, backend = graph, self.backend
         bind = functools.partial
+        jit = bind(jax.jit, compiler_options=compiler_options(backend))
         self._functions = {
-            "model": jax.jit(bind(_model, graph, self._tree), donate_argnums=1),
-            "logits": jax.jit(bind(_logits, graph, self._tree)),
-            "draw": jax.jit(bind(_draw, backend), donate_argnums=3),
-            "adjust": jax.jit(adjust),
-            "restrict": jax.jit(restrict),
-            "logprobs": jax.jit(bind(_logprobs, backend), static_argnames="top"),
-            "score": jax.jit(bind(_score, graph, self._tree), static_argnames="top"),
+            "model": jit(bind(_model, graph, self._tree), donate_argnums=1),
+            "logits": jit(bind(_logits, graph, self._tree)),
+            "draw": jit(bind(_draw, backend), donate_argnums=3),
+            "adjust": jit(adjust),
+            "restrict": jit(restrict),
+            "logprobs": jit(bind(_logprobs, backend), static_argnames="top"),
+            "score": jit(bind(_score, graph, self._tree), static_argnames="top"),
             "copy": jax.jit(_copy_pages, donate_argnums=0),
             "cast": jax.jit(_cast_like, donate_argnums=1, keep_unused=True),
         }

@@ -2,8 +2,8 @@
 
 Queries are cut into tiles of one sequence each. A tile walks over its sequence's pages (one page is one segment),
 computes the segment's softmax from an empty state and merges it. Where XLA's dots are free in the row count all
-tiles go through together and a tile is as long as it likes; elsewhere tiles have a fixed shape and are mapped one
-by one, for decode and prefill alike.
+tiles go through together and a tile is as long as it likes; elsewhere tiles have a fixed shape and are mapped over
+in groups of a fixed size, for decode and prefill alike.
 
 A key that a row doesn't see must not reach it, and 0 · NaN would. So P · V never meets an infinite or NaN value that
 some row of the tile doesn't see: decode, whose rows sit at one position, clears what that position doesn't see;
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention.tiles import tiles
-from pallas_kernels.backend import rows_are_free
-from pallas_kernels.numerics import COLUMN_BLOCK, ROW_TILE
+from pallas_kernels.backend import attention_tiles, rows_are_free
+from pallas_kernels.numerics import COLUMN_BLOCK, ROW_TILE, TRASH_PAGE
 from pallas_kernels.reduce import dot_f32, pin, row_sum
 
 PREFILL_TILE = 32
@@ -62,14 +62,19 @@ def attention(
             decode=max_query_len == 1,
         )
 
-    def attend_alone(tile):
-        tile_queries, table, row_positions = (a[None] for a in tile)
-        return attend(tile_queries, table, jnp.zeros(1, jnp.int32), row_positions)[0]
-
     if free:
         out = attend(picked, block_tables, seq, row_positions)
     else:
-        out = lax.map(attend_alone, (picked, block_tables[seq], row_positions))
+        group_size = attention_tiles()
+        owner = jnp.arange(group_size, dtype=jnp.int32)
+        filled = -seq.shape[0] % group_size
+
+        def grouped(x, fill):
+            x = jnp.pad(x, ((0, filled), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+            return x.reshape(-1, group_size, *x.shape[1:])
+
+        groups = grouped(picked, 0), grouped(block_tables[seq], TRASH_PAGE), grouped(row_positions, -1)
+        out = lax.map(lambda group: attend(group[0], group[1], owner, group[2]), groups)
     out = out.reshape(-1, kv_heads, tile, group, dim).transpose(0, 2, 1, 3, 4).reshape(-1, heads, dim)
     if max_query_len == 1 and tile == 1:
         return out.astype(q.dtype)

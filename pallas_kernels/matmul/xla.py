@@ -6,15 +6,15 @@ products accumulate in ascending k in float32; chunk sums add up in ascending or
 * Where the row count provably cannot change a dot's order (`backend.rows_are_free`), weights are stored as
   [c, N / 64, K / c, 64] and a product is one batched dot over (chunk, column block): plain two-dimensional dots
   split k when N is large and M small, these never do. Above 64 rows the blocks are laid side by side on the fly.
-* Elsewhere weights stay [K, N] and every dot has exactly ROW_TILE rows, mapped over the row tiles: whatever
-  order XLA picks for that one shape, it picks always.
+* Elsewhere weights stay [K, N] and every dot has exactly `backend.row_tile` rows, mapped over the row tiles:
+  whatever order XLA picks for that one shape, it picks always (on GPUs with `backend.compiler_options`).
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.backend import rows_are_free
-from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK, ROW_TILE
+from pallas_kernels.backend import row_tile, rows_are_free
+from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK
 from pallas_kernels.reduce import dot_f32, pin
 
 BLOCKED_MAX_ROWS = 64
@@ -88,11 +88,11 @@ def _row_free(x, packed):
 
 
 def _row_tiled(x, w):
-    rows, k = x.shape
-    tiles = -(-rows // ROW_TILE)
-    x = jnp.pad(x, ((0, tiles * ROW_TILE - rows), (0, 0))).reshape(tiles, ROW_TILE, k)
-    y = lax.map(lambda tile: dot_f32(tile, w, (((1,), (0,)), ((), ()))), x)
-    return y.reshape(tiles * ROW_TILE, w.shape[1])[:rows]
+    (rows, k), tile = x.shape, row_tile(x.dtype)
+    tiles = -(-rows // tile)
+    x = jnp.pad(x, ((0, tiles * tile - rows), (0, 0))).reshape(tiles, tile, k)
+    y = lax.map(lambda rows: dot_f32(rows, w, (((1,), (0,)), ((), ()))), x)
+    return y.reshape(tiles * tile, w.shape[1])[:rows]
 
 
 def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None):
