@@ -1,6 +1,6 @@
 """jaxdet beside plain jitted JAX in one process: decode at several batch sizes, prefill of 512 tokens.
 
-    python benchmarks/generate.py [MODEL] [--dtype float32] [--rounds 7] [--row-tiles] [--out out]
+    python benchmarks/generate.py [MODEL] [--dtype float32] [--backend NAME] [--rounds 7] [--row-tiles] [--out out]
 
 Both run the same model, greedily, with a cache of the same dtype, and hand every token to the host. Plain JAX attends
 to its whole static cache, so it gets one no longer than the longest sequence needs. jaxdet's figure is the whole
@@ -29,7 +29,7 @@ from jaxdet import LLM, SamplingParams
 from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import open_checkpoint
 from jaxdet.verify.report import environment
-from pallas_kernels import backend
+from pallas_kernels import backend as backends
 
 BATCHES = (1, 8, 32)
 PROMPT, STEPS, PREFILL = 64, 16, 512
@@ -136,6 +136,7 @@ def measure(ours: Callable[[], float], plain: Callable[[], float], rounds: int) 
 def main(
     model: Annotated[str, typer.Argument()] = "smollm2-135m",
     dtype: str = "float32",
+    backend: Annotated[str | None, typer.Option(help="The device's own by default.")] = None,
     rounds: int = 7,
     row_tiles: Annotated[
         bool, typer.Option(help="As on CPUs whose dots aren't proven free of the row count.")
@@ -145,8 +146,15 @@ def main(
     """Measures, prints a table, writes OUT/generate.json and OUT/generate.png."""
     console, rng = Console(), np.random.default_rng(0)
     if row_tiles:
-        backend.ROW_FREE_ISAS = frozenset()
-    llm = LLM(model, dtype=dtype, max_model_len=MODEL_LEN, max_num_seqs=32, enable_prefix_caching=False)
+        backends.ROW_FREE_ISAS = frozenset()
+    llm = LLM(
+        model,
+        dtype=dtype,
+        backend=backend,
+        max_model_len=MODEL_LEN,
+        max_num_seqs=32,
+        enable_prefix_caching=False,
+    )
     rows: dict[str, dict[str, float]] = {}
     checkpoint = open_checkpoint(model)
     with console.status("measuring"):

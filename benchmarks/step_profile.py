@@ -1,6 +1,6 @@
 """Where the time of a step goes, kernel by kernel; needs a Hopper GPU.
 
-    python benchmarks/step_profile.py [layers] [kind,sequences,length ...]
+    python benchmarks/step_profile.py [KIND,SEQUENCES,KEYS ...] [--layers 36] [--backend mosaic_gpu]
 
 A model of Qwen3-8B's shape with random weights: decode steps of several batches and one prefill, without sampling.
 Per kernel: launches and microseconds a step (CUPTI), and how much of its own limit it reaches: the bytes that it must
@@ -8,9 +8,9 @@ move at the rate at which a large array is read, or its operations at that of a 
 Under each table the sum of the kernels, the host's time a step in a row of steps, and the gaps between them.
 """
 
+import argparse
 import collections
 import functools
-import sys
 import time
 
 import jax
@@ -21,6 +21,7 @@ from kernels import gpu_us, normal
 
 from jaxdet.models.layers import Batch
 from jaxdet.testing import QWEN3_8B, random_model
+from pallas_kernels.backend import compiler_options
 from pallas_kernels.numerics import PAGE_SIZE
 
 HIDDEN, VOCAB, DIM = QWEN3_8B["hidden_size"], QWEN3_8B["vocab_size"], QWEN3_8B["head_dim"]
@@ -78,7 +79,7 @@ def limit_us(name: str, rows: int, kind: str, keys: int, rate: float, flops: flo
     return None
 
 
-def main(layers: int, steps) -> None:
+def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
     assert jax.default_backend() == "gpu", "needs a Hopper GPU"
     from jax._src.lib import mosaic_gpu  # only where there is a GPU
 
@@ -95,7 +96,7 @@ def main(layers: int, steps) -> None:
     model = random_model(
         QWEN3_8B | {"num_hidden_layers": layers},
         dtype=jnp.bfloat16,
-        backend="mosaic_gpu",
+        backend=backend,
         max_model_len=16384,
     )
     graph, state = nnx.split(model)
@@ -110,7 +111,8 @@ def main(layers: int, steps) -> None:
         shape = pages, KV_HEADS, PAGE_SIZE, DIM
         cache = [tuple(normal(i, *shape) for i in (1, 2)) for _ in range(layers)]
         begin, batch = time.time(), jax.device_put(batch)
-        compiled = jax.jit(step, donate_argnums=1).lower(state, cache, batch).compile()
+        jitted = jax.jit(step, donate_argnums=1, compiler_options=compiler_options(backend))
+        compiled = jitted.lower(state, cache, batch).compile()
         built = time.time() - begin
 
         def run(count, cache, batch=batch, compiled=compiled):
@@ -142,5 +144,10 @@ def main(layers: int, steps) -> None:
 
 
 if __name__ == "__main__":
-    chosen = [(kind, int(n), int(length)) for kind, n, length in (a.split(",") for a in sys.argv[2:])]
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 36, chosen or STEPS)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("steps", nargs="*", help="KIND,SEQUENCES,KEYS such as decode,64,200")
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--backend", default="mosaic_gpu")
+    options = parser.parse_args()
+    chosen = [(kind, int(n), int(length)) for kind, n, length in (a.split(",") for a in options.steps)]
+    main(options.layers, options.backend, chosen or list(STEPS))
