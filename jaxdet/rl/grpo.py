@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from jaxdet.engine.digest import weights_digest
 from jaxdet.llm import LLM, Prompt
+from jaxdet.rl.comparison import compare
 from jaxdet.rl.gradients import GradientSums, accumulate
 from jaxdet.rl.metrics import MetricsLog
 from jaxdet.rl.optimize import update
@@ -212,11 +213,12 @@ class GRPO:
                 raise FloatingPointError(
                     f"the gradient of step {number} is not finite; resume with a lower rate"
                 )
-            differences = _differences(samples, batches, jax.device_get(seen))
+            trained = _logprobs_of(samples, batches, jax.device_get(seen))
             if turn == 0:
-                metrics |= _off_policy(differences)
+                found = compare([s.logprobs for s in samples], trained)
+                metrics |= {"kl": found.kl, "max_logprob_difference": found.max_abs}
             refresh_seconds += self.llm.update_weights(self.masters)
-            metrics |= {"grad_norm": float(norm), "clipped": _clipped(samples, differences, c.clip)}
+            metrics |= {"grad_norm": float(norm), "clipped": _clipped(samples, trained, c.clip)}
         self.finished_steps += 1
         rewards, count = np.asarray([s.reward for s in samples]), sum(len(s.logprobs) for s in samples)
         return {
@@ -285,29 +287,22 @@ def _output(rows: slice, s: Sample) -> slice:
     return slice(rows.start + s.start - 1, rows.stop - 1)
 
 
-def _differences(samples: list[Sample], batches: list[_Prepared], seen: list[np.ndarray]) -> list[np.ndarray]:
-    """Per sample the trainer's logprobs less the sampler's, in float64."""
+def _logprobs_of(
+    samples: list[Sample], batches: list[_Prepared], seen: list[np.ndarray]
+) -> list[Float[np.ndarray, " output"]]:
+    """The trainer's, per sample."""
     left, found = iter(samples), []
     for (_, where, _, _), values in zip(batches, seen, strict=True):
-        for rows in where:
-            s = next(left)
-            found.append(values[_output(rows, s)].astype(np.float64) - s.logprobs)
+        found += [values[_output(rows, next(left))] for rows in where]
     return found
 
 
-def _off_policy(differences: list[np.ndarray]) -> dict[str, float]:
-    every = np.concatenate(differences)
-    return {
-        "kl": float(np.mean(np.expm1(every) - every)),
-        "max_logprob_difference": float(np.abs(every).max()),
-    }
-
-
-def _clipped(samples: list[Sample], differences: list[np.ndarray], clip: float) -> float:
-    stopped = [
-        np.where(s.advantage > 0, np.exp(d) > 1 + clip, np.exp(d) < 1 - clip) & (s.advantage != 0)
-        for s, d in zip(samples, differences, strict=True)
-    ]
+def _clipped(samples: list[Sample], trained: list[Float[np.ndarray, " output"]], clip: float) -> float:
+    """Share of tokens that have no gradient because their ratio went too far already."""
+    stopped = []
+    for s, values in zip(samples, trained, strict=True):
+        ratio = np.exp(values - s.logprobs)
+        stopped.append(ratio > 1 + clip if s.advantage > 0 else (ratio < 1 - clip) & (s.advantage < 0))
     return float(np.concatenate(stopped).mean())
 
 

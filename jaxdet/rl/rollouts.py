@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from jaxdet.llm import LLM, Prompt
 from jaxdet.outputs import CompletionOutput
+from jaxdet.rl.comparison import sampled_logprobs
 from jaxdet.sampling_params import SamplingParams
 
 Reward = Callable[[Prompt, CompletionOutput], float]
@@ -29,14 +30,6 @@ class Sample:
     """The sampler's, float32, of every output token."""
     reward: float
     advantage: float
-
-
-def sampled_logprobs(completion: CompletionOutput) -> Float[np.ndarray, " output"]:
-    """The sampler's float32 logprob of every output token; the request must have had `logprobs=0` or more."""
-    if completion.logprobs is None:
-        raise ValueError("completion has no logprobs; sample with SamplingParams(logprobs=0)")
-    chosen = zip(completion.token_ids, completion.logprobs, strict=True)
-    return np.asarray([entry[token].logprob for token, entry in chosen], np.float32)
 
 
 def sample(
