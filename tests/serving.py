@@ -11,6 +11,7 @@ import uvicorn
 from openai import AsyncOpenAI, OpenAI
 
 from jaxdet.llm import LLM
+from jaxdet.server import run
 from jaxdet.server.app import Settings, create_app
 
 KEY = "a-key-of-the-tests"
@@ -22,7 +23,7 @@ class Server:
     def __init__(self, llm: LLM, settings: Settings):
         self.llm = llm
         config = uvicorn.Config(create_app(llm, settings), port=0, log_level="warning")
-        self._server = uvicorn.Server(config)
+        self._server = run.Server(config, settings.stall_timeout)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> "Server":

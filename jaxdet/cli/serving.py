@@ -25,6 +25,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; more get 429.")] = 256,
     max_body_bytes: Annotated[int, typer.Option(help="Larger bodies get 413.")] = 4 * 2**20,
     timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
+    stall_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a client may take nothing, or be out of reach.")
+    ] = 30.0,
     drain: Annotated[int, typer.Option(help="Seconds that requests have to end after SIGTERM.")] = 60,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Web pages that may use the server; may be repeated.")
@@ -47,6 +50,7 @@ def serve(
         max_waiting=max_waiting,
         max_body_bytes=max_body_bytes,
         timeout=timeout,
+        stall_timeout=stall_timeout,
         allow_origins=allow_origin or (),
         log_prompts=log_prompts,
     )

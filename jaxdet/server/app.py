@@ -51,6 +51,8 @@ class Settings:
     max_body_bytes: int = 4 * 2**20
     timeout: float = 600.0
     """Seconds that an answer may take."""
+    stall_timeout: float = 30.0
+    """Seconds that a client may take nothing of its answer, or be out of reach."""
     allow_origins: Sequence[str] = ()
     """Web pages that may use the server (CORS)."""
     log_prompts: bool = False
@@ -196,7 +198,7 @@ class _Service:
         answer = Answer(task.kind, self._name, self._fingerprint, task.logprobs, task.tools)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(self._loop, job, answer, usage=usage, timeout=self._settings.timeout)
+            return EventStream(self._loop, job, answer, usage=usage, patience=self._settings.stall_timeout)
         try:
             outputs = await collect(self._loop, job, http)
         except DisconnectedError:

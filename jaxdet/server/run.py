@@ -1,10 +1,50 @@
 """Runs the app in uvicorn until SIGINT or SIGTERM."""
 
+import socket
+import sys
+
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
 from jaxdet.llm import LLM
 from jaxdet.server.app import Settings, create_app
+
+
+class Server(uvicorn.Server):
+    """uvicorn, whose connections end when their client takes nothing any more or is gone without a word.
+
+    Args:
+        config: of uvicorn.
+        patience: seconds until then.
+    """
+
+    def __init__(self, config: uvicorn.Config, patience: float):
+        super().__init__(config)
+        self._patience = patience
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                lose_patience(listener, self._patience)
+
+
+def lose_patience(listener: socket.socket, seconds: float) -> None:
+    """Lets the kernel end connections whose other side doesn't answer, or has no room for data, for so long.
+
+    Connections get these options from the socket that listens. Without TCP_USER_TIMEOUT, which is Linux', only
+    EventStream notices who takes no data, once the kernel's buffers are full.
+    """
+    whole = max(1, round(seconds / 4))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", whole),
+        ("TCP_KEEPINTVL", whole),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", round(seconds * 1000)),
+    ):
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int) -> None:
@@ -14,7 +54,7 @@ def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int
         drain: seconds that they have; what still runs after that is aborted.
     """
     ours = {"jaxdet.server": {"handlers": ["default"], "level": "INFO", "propagate": False}}
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(llm, settings),
         host=host,
         port=port,
@@ -22,3 +62,7 @@ def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int
         server_header=False,
         log_config=LOGGING_CONFIG | {"loggers": LOGGING_CONFIG["loggers"] | ours},
     )
+    server = Server(config, settings.stall_timeout)
+    server.run()
+    if not server.started:
+        sys.exit(1)

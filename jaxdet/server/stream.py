@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from jaxdet.api.responses import Answer, Stream, count_usage
 from jaxdet.outputs import RequestOutput
@@ -16,9 +16,6 @@ from jaxdet.server.errors import api_error
 from jaxdet.server.loop import EngineLoop, Job
 
 log = logging.getLogger("jaxdet.server")
-
-WRITE_SECONDS = 30
-"""How long a finished answer may take to reach a slow client."""
 
 
 class DisconnectedError(Exception):
@@ -28,20 +25,23 @@ class DisconnectedError(Exception):
 class EventStream(StreamingResponse):
     """The chunks of a job that is open already; closes it, however it ends."""
 
-    def __init__(self, loop: EngineLoop, job: Job, answer: Answer, *, usage: bool, timeout: float):
+    def __init__(self, loop: EngineLoop, job: Job, answer: Answer, *, usage: bool, patience: float):
         super().__init__(
             _events(loop, job, answer, usage=usage),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._loop, self._job, self._limit = loop, job, timeout + WRITE_SECONDS
+        self._loop, self._job, self._patience = loop, job, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._patience):
+                await send(message)
+
         try:
-            async with asyncio.timeout(self._limit):
-                await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
-            log.warning("a stream was cut off: its client didn't read it within %g s", self._limit)
+            log.warning("a stream was cut off: its client took nothing for %g s", self._patience)
         finally:
             self._loop.close(self._job)
 

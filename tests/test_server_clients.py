@@ -1,0 +1,129 @@
+"""Clients that stop reading, or vanish without a word: their requests end, and nobody else notices."""
+
+import ctypes
+import json
+import socket
+import sys
+import time
+
+import pytest
+from serving import KEY, serving
+
+from jaxdet.llm import LLM
+from jaxdet.server import run
+from jaxdet.testing import write_tiny_model
+
+LIMIT = 2
+"""Seconds that a client may take nothing."""
+SAMPLES = 3
+COMPLETION = {"model": "tiny", "prompt": "The sea is", "max_tokens": 8, "seed": 3, "logprobs": 2}
+LONG = {"model": "tiny", "prompt": "x" * 30, "max_tokens": 2000, "n": SAMPLES, "ignore_eos": True}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's timeouts are Linux'")
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    llm = LLM(folder, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=2048)
+    right = llm.engine.step_fn.run
+
+    def slowly(*arguments):
+        time.sleep(0.01)  # so that the long requests last longer than the test
+        return right(*arguments)
+
+    llm.engine.step_fn.run = slowly
+    return llm
+
+
+def ask(server, body: dict, receive_buffer: int | None = None) -> socket.socket:
+    """Sends a request and reads nothing."""
+    payload = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    host, port = server.url.removeprefix("http://").split(":")
+    connection.connect((host, int(port)))
+    connection.sendall(head.encode() + payload)
+    while not server.metric("jaxdet_kv_pages_in_use"):
+        time.sleep(0.01)
+    answer(server)  # whatever such a batch needs is compiled now
+    return connection
+
+
+def hear_nothing(connection: socket.socket) -> None:
+    """From now on the connection drops what comes in before it is acknowledged, as a machine without power does."""
+
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
+
+    drop = b"\x06\x00\x00\x00\x00\x00\x00\x00"  # BPF: return 0, no byte passes
+    connection.setsockopt(socket.SOL_SOCKET, 26, bytes(Program(1, drop)))  # SO_ATTACH_FILTER
+
+
+def answer(server) -> tuple:
+    (choice,) = server.client.completions.create(**COMPLETION).choices
+    return choice.text, choice.logprobs.token_logprobs, str(choice.logprobs.top_logprobs)
+
+
+def cancelled_after(server, connection: socket.socket, expected: tuple) -> float:
+    """Seconds until the request was cancelled; meanwhile another one gets its bits again and again."""
+    cancelled, began = server.metric("jaxdet_sequences_cancelled_total"), time.monotonic()
+    compared = 0
+    while (seconds := time.monotonic() - began) < 15:
+        assert answer(server) == expected
+        compared += 1
+        if server.metric("jaxdet_sequences_cancelled_total") - cancelled == SAMPLES:
+            break
+        assert server.metric("jaxdet_kv_pages_in_use"), "the request ended by itself"
+    assert compared > 3
+    server.wait_until_idle()
+    connection.close()
+    return seconds
+
+
+@pytest.fixture
+def server(llm):
+    with serving(llm, stall_timeout=LIMIT) as server:
+        yield server
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_without_power(server, stream):
+    """Nothing comes from them, not even an end: only unacknowledged data or probes tell."""
+    expected = answer(server)
+    connection = ask(server, LONG | {"stream": stream})
+    hear_nothing(connection)
+    assert LIMIT * 0.4 < cancelled_after(server, connection, expected) < 6 * LIMIT
+
+
+def test_clients_that_stop_reading(server):
+    expected = answer(server)
+    connection = ask(server, LONG | {"stream": True}, receive_buffer=1)
+    assert LIMIT * 0.9 < cancelled_after(server, connection, expected) < 6 * LIMIT
+
+
+def test_clients_that_stop_reading_where_the_kernel_does_not_care(llm, monkeypatch, caplog):
+    def small_buffer(listener, _) -> None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+    monkeypatch.setattr(run, "lose_patience", small_buffer)
+    with serving(llm, stall_timeout=LIMIT) as server:
+        expected = answer(server)
+        connection = ask(server, LONG | {"stream": True}, receive_buffer=1)
+        assert LIMIT * 0.9 < cancelled_after(server, connection, expected) < 10 * LIMIT
+    assert "its client took nothing for 2 s" in caplog.text
+
+
+def test_clients_that_are_only_slow_are_kept(server):
+    """Control: whoever takes something now and then gets everything, however long it lasts."""
+    before = server.metric("jaxdet_sequences_cancelled_total")
+    with ask(server, LONG | {"stream": True, "logprobs": 5}, receive_buffer=2**16) as connection:
+        for _ in range(5):
+            time.sleep(LIMIT / 2)
+            assert len(connection.recv(2**20)) > 2**15  # it had been full
+        assert server.metric("jaxdet_sequences_cancelled_total") == before
+        assert server.metric("jaxdet_kv_pages_in_use")
+    server.wait_until_idle()
