@@ -5,12 +5,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 LIBTPU := .venv/libtpu
 
-.PHONY: help setup demo test test-slow check bench lock clean
+.PHONY: help setup demo test test-slow check bench docs lock clean
 help:
 	@echo "make demo       answers a few prompts with SmolLM2-135M and proves that the bits do not move"
 	@echo "make test       lint, types and tests (about 15 minutes on two cores)"
 	@echo "make test-slow  the longer tests"
 	@echo "make bench      jaxdet beside plain jitted JAX"
+	@echo "make docs       the documentation, in site/"
 
 setup: .venv/.ready
 .venv/.ready: requirements.lock pyproject.toml scripts/find_python.sh
@@ -41,6 +42,9 @@ test-slow: setup $(LIBTPU)/.ready
 bench: setup
 	$(BIN)/python benchmarks/generate.py
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
 		--constraint constraints.txt --no-emit-index-url --no-emit-find-links --no-annotate \
@@ -49,4 +53,4 @@ lock:
 		--no-emit-find-links --no-annotate --custom-compile-command "make lock" --quiet -o requirements-tpu.lock
 
 clean:
-	rm -rf .venv dist build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build out site .pytest_cache .ruff_cache .hypothesis
