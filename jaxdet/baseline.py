@@ -5,7 +5,8 @@ on the batch, on the chunks and on the path, because XLA is free to sum in anoth
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -70,25 +71,43 @@ class Baseline:
         Args:
             chunk: prefill this many tokens at a time; all at once by default.
         """
+        steps = self.decode(prompts, chunk=chunk)
+        kept = [np.asarray(next(steps))]
+        tokens = [kept[0].argmax(1)]
+        for _ in range(1, max_tokens):
+            kept.append(np.asarray(steps.send(tokens[-1])))
+            tokens.append(kept[-1].argmax(1))
+        return [([int(t[i]) for t in tokens], np.stack([k[i] for k in kept])) for i in range(len(prompts))]
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], *, chunk: int | None = None
+    ) -> Generator[Float[Array, "B V"], Int[np.ndarray, " B"]]:
+        """Yields the float32 logits after right-padded prompts; `send` the chosen tokens and get the next ones.
+
+        Args:
+            chunk: prefill this many tokens at a time; all at once by default.
+        """
         lengths = np.array([len(p) for p in prompts], np.int32)
-        padded = np.zeros((len(prompts), lengths.max()), np.int32)
+        # Whole chunks where they fit, so that prompts of any length run the same program.
+        width = (
+            lengths.max() if chunk is None else min(-(-lengths.max() // chunk) * chunk, self.max_model_len)
+        )
+        padded = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         cache, logits = self.new_cache(len(prompts)), None
-        for at in range(0, padded.shape[1], chunk or padded.shape[1]):
-            part = padded[:, at : at + (chunk or padded.shape[1])]
+        for at in range(0, width, chunk or width):
+            part = padded[:, at : at + (chunk or width)]
             last = np.clip(lengths - 1 - at, 0, part.shape[1] - 1)
             start = np.full(len(prompts), at, np.int32)
             found, cache = self.forward(self.params, cache, part, start, last)
             here = (lengths - 1 >= at) & (lengths - 1 < at + part.shape[1])
             logits = found if logits is None else jnp.where(here[:, None], found, logits)
         assert logits is not None
-        kept, tokens = [np.asarray(logits)], [np.asarray(logits.argmax(1))]
-        for step in range(1, max_tokens):
-            logits, cache = self.forward(self.params, cache, tokens[-1][:, None], lengths + step - 1)
-            kept.append(np.asarray(logits[:, 0]))
-            tokens.append(kept[-1].argmax(1))
-        return [([int(t[i]) for t in tokens], np.stack([k[i] for k in kept])) for i in range(len(prompts))]
+        for position in itertools.count():
+            tokens = yield logits
+            found, cache = self.forward(self.params, cache, tokens[:, None], lengths + position)
+            logits = found[:, 0]
 
 
 def _load(checkpoint: Checkpoint, c: ModelConfig, prefix: str, dtype, offset: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from jaxdet.cli.arena import arena
 from jaxdet.cli.batch import batch
 from jaxdet.cli.generation import chat, generate
 from jaxdet.cli.messages import complain
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (generate, chat, batch, serve, convert, verify, bench, info, demo):
+for command in (generate, chat, batch, serve, arena, convert, verify, bench, info, demo):
     app.command()(command)
 
 
