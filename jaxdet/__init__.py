@@ -49,8 +49,15 @@ def generate(
     Args:
         prompts: one prompt or many: text (run through the chat template if the model has one), token ids, or
             {"prompt": …} / {"prompt_token_ids": …} (run as they are).
-        model, dtype, backend, max_model_len: see `LLM`.
+        model, dtype, backend, max_model_len: see `LLM`; other values load the model anew, in the old one's place.
+        use_tqdm: show a progress bar.
         sampling: fields of `SamplingParams`, such as max_tokens=32, temperature=0.7, seed=7.
+
+    Returns:
+        One output per prompt, in their order.
+
+    Raises:
+        ValueError, FileNotFoundError: see `LLM`, `LLM.generate` and `SamplingParams`.
     """
     params, listed = SamplingParams(**sampling), as_list(prompts)
     llm = _shared(str(model), dtype, backend, max_model_len)
@@ -66,5 +73,16 @@ def score(
     backend: str | None = None,
     max_model_len: int | None = None,
 ) -> list[ScoreOutput]:
-    """Teacher-forced logprobs of given tokens; see `LLM.score`."""
+    """Log-probabilities of given tokens, with a model that stays loaded for the next call.
+
+    Args:
+        token_id_sequences: one list of ids per sequence, each of up to max_model_len tokens.
+        model, dtype, backend, max_model_len: as for `generate`, which shares the model.
+
+    Returns:
+        One output per sequence, see `LLM.score`.
+
+    Raises:
+        ValueError, FileNotFoundError: see `LLM` and `LLM.score`.
+    """
     return _shared(str(model), dtype, backend, max_model_len).score(token_id_sequences)

@@ -179,6 +179,10 @@ class LLM:
             sampling_params: one for all, or one per prompt.
             use_tqdm: show a progress bar.
             priority: one number per prompt; lower goes first where not all can run at once.
+
+        Raises:
+            ValueError: there is no prompt; one is empty, too long or has ids outside the vocabulary; or the numbers of
+                prompts, parameters and priorities differ. Nothing has run then.
         """
         listed = as_list(prompts)
         params = _one_each(sampling_params, len(listed))
@@ -215,7 +219,14 @@ class LLM:
 
         Args:
             messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
-            template: passed on to the chat template.
+            sampling_params, use_tqdm: as for `generate`.
+            template: passed on to the chat template, such as tools=[…].
+
+        Returns:
+            One output per conversation.
+
+        Raises:
+            ValueError: as for `generate`; or the model has no chat template, or it refuses the messages.
         """
         if isinstance(messages, str | Mapping) or not messages:
             raise ValueError('messages must be a list such as [{"role": "user", "content": "…"}], not empty')
@@ -244,6 +255,13 @@ class LLM:
 
         Args:
             token_id_sequences: one list of ids per sequence, each of up to max_model_len tokens.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One output per sequence, with one logprob fewer than tokens.
+
+        Raises:
+            ValueError: there is no sequence, or one is empty, too long or has ids outside the vocabulary.
         """
         if len(token_id_sequences) == 0:
             raise ValueError("token_id_sequences is empty; give at least one list of token ids")
@@ -264,7 +282,10 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
-        """Yields the request's output after every token; `.outputs[0].text` grows to `generate`'s text."""
+        """Yields the request's output after every token; `.outputs[0].text` grows to `generate`'s text.
+
+        The request ends when the loop over it does. Other requests go on meanwhile.
+        """
         text, ids = self._encode(prompt)
         (params,) = _one_each(sampling_params, 1)
         request = self._add(text, ids, params)
@@ -294,8 +315,14 @@ class LLM:
         """Queues a prompt among whatever runs already; `step` moves all requests on.
 
         Args:
+            prompt: text, token ids or a dictionary, see `Prompt`.
+            sampling_params: `SamplingParams()` by default.
             priority: lower goes first where not all can run at once; nobody waits for ever.
             constraint: which tokens each completion may go on with, such as `jaxdet.grammar` compiles.
+
+        Raises:
+            ValueError: the prompt is empty, too long or has ids outside the vocabulary; or there is a constraint beside
+                `min_tokens` or `ignore_eos`.
         """
         text, ids = self._encode(prompt)
         (params,) = _one_each(sampling_params, 1)
@@ -423,6 +450,7 @@ class Request:
 
     @property
     def finished(self) -> bool:
+        """Whether all of its sequences have ended."""
         return all(s.finish_reason is not None for s in self.sequences)
 
     def update(self, sequence: EngineSequence) -> None:

@@ -25,29 +25,39 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy, and so is anything below 1e-5."""
     top_p: float = 1.0
+    """Sample among the most likely tokens that make up this probability, in (0, 1] (after min_p and top_k)."""
     top_k: int = 0
-    """0 or −1: off."""
+    """Sample among this many of the most likely tokens; 0 or −1: off."""
     min_p: float = 0.0
+    """Sample among tokens at least this times as likely as the likeliest one, in [0, 1] (after temperature)."""
     repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or output are divided by it if positive and multiplied if negative, in [0.01, 100]."""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output, in [−2, 2]."""
     frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for every time that it occurs in the output, in [−2, 2]."""
     max_tokens: int | None = 16
-    """None: up to max_model_len."""
+    """The most tokens of one completion; None: up to max_model_len, which limits them anyway."""
     min_tokens: int = 0
     """Until then no end-of-sequence token, stop token or stop string ends the output."""
     seed: int | None = None
-    """None: the engine's seed, so that identical requests get identical answers."""
+    """In [0, 2⁶⁴); None: the engine's seed, so that identical requests get identical answers."""
     stop: str | Sequence[str] = ()
     """Text that ends the output; None counts as ()."""
     stop_token_ids: Sequence[int] = ()
+    """Tokens that end the output, beside the model's end-of-sequence tokens."""
     ignore_eos: bool = False
+    """Go on after the model's end-of-sequence tokens."""
     include_stop_str_in_output: bool = False
     """Keep the text of what ended the output, a stop string or a stop token."""
     logprobs: int | None = None
     """How many of the most likely tokens to report beside the chosen one (0–20), of the raw distribution."""
     prompt_logprobs: int | None = None
+    """The same for every prompt token but the first; such a request computes its whole prompt, cached or not."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Token id → what is added to its logit first of all, in [−100, 100]."""
     skip_special_tokens: bool = True
+    """Leave special tokens out of the text; `token_ids` has them."""
 
     def __post_init__(self):
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):

@@ -14,30 +14,45 @@ class EngineStats:
     """A snapshot; counts are since the start, rates and times over the last 1000 steps."""
 
     waiting: int
+    """Sequences that have not begun, or start over."""
     running: int
+    """Sequences in the batch."""
     finished: int
     """Sequences that ended by themselves."""
     cancelled: int
+    """Sequences that were aborted."""
     failed: int
     """Ended with "error"."""
     steps: int
+    """Steps whose results are in."""
     prompt_tokens: int
+    """Prompt tokens of the sequences that have begun their output."""
     cached_tokens: int
     """Prompt tokens that came from the prefix cache."""
     output_tokens: int
+    """Tokens sampled."""
     preemptions: int
+    """How often a sequence gave its pages back and started over."""
     drafted_tokens: int
+    """Tokens that were guessed."""
     accepted_tokens: int
+    """Guesses that turned out right."""
     pages: int
+    """KV pages of 128 tokens in the cache."""
     pages_in_use: int
+    """Of these, pages that a sequence holds; the others are free or keep a prefix until they are needed."""
     compiled_programs: int
+    """Programs compiled so far."""
     compiled_after_start: int
     """Programs that a request had to wait for."""
     tokens_per_second: float
     """Output tokens a second."""
     step_ms_p50: float
+    """Milliseconds of a step: the median,"""
     step_ms_p95: float
+    """the 95th percentile,"""
     step_ms_p99: float
+    """and the 99th."""
 
     @property
     def cache_hit_rate(self) -> float:
