@@ -235,13 +235,25 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def user_prompt(self, text: str) -> Prompt:
-        """The prompt of one user message: through the chat template if the model has one, else the text itself."""
+        """The prompt of one user message: through the chat template if the model has one, else the text itself.
+
+        Raises:
+            ValueError: the text is empty, or the template refuses it.
+        """
         if not text:
             raise ValueError("prompt is empty; give it at least one token")
         return self.chat_prompt([{"role": "user", "content": text}]) if self.tokenizer.chat_template else text
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> dict[str, Any]:
-        """The prompt that `chat` would run: {"prompt": text, "prompt_token_ids": ids}."""
+        """The prompt that `chat` would run: {"prompt": text, "prompt_token_ids": ids}.
+
+        Args:
+            messages: one conversation, [{"role": "user", "content": "…"}, …].
+            template: passed on to the chat template.
+
+        Raises:
+            ValueError: a message has no role, the model has no chat template, or it refuses the messages.
+        """
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f'messages holds {message!r}; use {{"role": "user", "content": "…"}}')
@@ -329,7 +341,11 @@ class LLM:
         return self._add(text, ids, params, priority, constraint)
 
     def submit_score(self, token_ids: Sequence[int]) -> "Request":
-        """Queues tokens whose logprobs are wanted; `Request.score` has them once it is finished."""
+        """Queues tokens whose logprobs are wanted; `Request.score` has them once it is finished.
+
+        Raises:
+            ValueError: they are none, too many or outside the vocabulary.
+        """
         return self._watch(None, [self.engine.add_score(token_ids)], SamplingParams(prompt_logprobs=0))
 
     def step(self) -> "list[Request]":

@@ -22,7 +22,9 @@ from jaxdet.tokenizer import Tokenizer
 from pallas_kernels.matmul import op as matmul_op
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""The tiny models' tokens beside the 256 bytes; the first begins a text, the first and the last end one."""
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+"""The tiny models' number of tokens."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -40,6 +42,7 @@ COMMON = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+"""The tiny models' config.json, as far as they share it."""
 SMOLLM2: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -68,6 +71,7 @@ QWEN3_8B: dict[str, Any] = {
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
 }
+"""Qwen3-8B's shape, for `random_model`."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -115,7 +119,10 @@ def random_model(
 
     Args:
         config: as a config.json; only shapes matter.
-        backend: see `backend_of`.
+        dtype: of weights and activations.
+        backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None takes the device's own.
+        max_model_len: positions of the RoPE tables.
+        seed: which random weights.
     """
     family = family_of(config)
     shape = family.read_config(config)

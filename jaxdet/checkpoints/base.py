@@ -15,19 +15,26 @@ class TensorInfo:
     """Shape (Hugging Face layout: [out, in]) and dtype of a tensor, known without reading it."""
 
     shape: tuple[int, ...]
+    """Elements along each axis."""
     dtype: np.dtype
+    """As it is stored, or as `read` gives it where it is stored quantised."""
 
 
 class Checkpoint(abc.ABC):
     """A model on disk. Tensors carry Hugging Face names and layouts whatever the format."""
 
     name: str
+    """What the model is called in messages and answers: its folder's, file's or hub's name."""
     config: dict[str, Any]
     """The model's config.json."""
     tensors: dict[str, TensorInfo]
+    """What `read` takes."""
 
     def read(self, name: str) -> np.ndarray:
         """One tensor; nothing else is kept in memory.
+
+        Args:
+            name: a key of `tensors`.
 
         Raises:
             ValueError: the checkpoint has no such tensor.
@@ -42,7 +49,12 @@ class Checkpoint(abc.ABC):
     def _read(self, name: str) -> np.ndarray: ...
 
     @abc.abstractmethod
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: it is missing, damaged or of a kind that isn't supported.
+        """
 
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all tensors."""

@@ -45,10 +45,15 @@ def attention(
         window: a query sees the last `window` keys, itself included.
         soft_cap: scores become soft_cap · tanh(s / soft_cap) (Gemma).
         max_query_len: static bound on the queries of one sequence; 1 means decode.
+        backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
     Returns:
         [T, Hq, D] in q's dtype; rows past query_start[-1] are unspecified and finite only if their inputs are. With
         "mosaic_gpu" and `max_query_len=1` so are rows of sequences without keys, finite or not.
+
+    Raises:
+        ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
+        NotImplementedError: the backend has no such kernel.
     """
     static = scale, window, soft_cap, max_query_len, backend
     return _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens)

@@ -10,31 +10,53 @@ from pallas_kernels.gradient import Trained, value_of, with_gradient
 from pallas_kernels.matmul import backward
 
 Activation = Literal["silu", "gelu_tanh"]
+"""What a gated product's gate goes through; "gelu_tanh" is GELU's tanh approximation."""
 
 
 def pack(w: Num[HostOrDevice, "K N"], backend: str | None = None) -> Num[HostOrDevice, "..."]:
-    """Lays a weight matrix out the way `matmul` reads it. Done once, at load; NumPy in, NumPy out."""
+    """Lays a weight matrix out the way `matmul` reads it. Done once, at load; NumPy in, NumPy out.
+
+    Args:
+        w: the weights, [inputs, outputs], in the dtype of the products.
+        backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
+
+    Returns:
+        The same values in the backend's own layout, padded with zeros; only ops and `unpack` know it.
+    """
     return registry.load("matmul", backend).pack(w)
 
 
 def pack_gated(
     gate: Num[HostOrDevice, "K F"], up: Num[HostOrDevice, "K F"], backend: str | None = None
 ) -> Num[HostOrDevice, "..."]:
-    """Lays the two halves of a gated MLP out the way `gated_matmul` reads them."""
+    """Lays the two halves of a gated MLP out the way `gated_matmul` reads them; see `pack`."""
     return registry.load("matmul", backend).pack_gated(gate, up)
 
 
 def unpack(
     packed: Num[HostOrDevice, "..."], k: int, n: int, backend: str | None = None
 ) -> Num[HostOrDevice, "K N"]:
-    """The inverse of `pack`, bit for bit."""
+    """The inverse of `pack`, bit for bit.
+
+    Args:
+        packed: what `pack` made.
+        k, n: the shape of the matrix.
+        backend: the one that it was packed for.
+    """
     return registry.load("matmul", backend).unpack(packed, k, n)
 
 
 def take_columns(
     packed: Num[Array, "..."] | Trained, ids: Int[HostOrDevice, " T"], k: int, backend: str | None = None
 ) -> Num[Array, "T K"]:
-    """Columns `ids` of the packed [K, N] matrix, as rows: an embedding lookup that shares the LM head's weights."""
+    """Columns `ids` of the packed [K, N] matrix, as rows: an embedding lookup that shares the LM head's weights.
+
+    Args:
+        packed: what `pack` made.
+        ids: columns, each in [0, N); nothing checks that.
+        k: K, the length of a column.
+        backend: the one that it was packed for.
+    """
     return _take_columns((k, backend), packed, ids)
 
 
@@ -57,6 +79,11 @@ def matmul(
         bias: added to the float32 sum first.
         residual: added second, before the rounding.
         out_dtype: dtype of the result; x's by default, float32 for logits.
+        backend: the one that `packed` was packed for: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
+
+    Raises:
+        ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
+        NotImplementedError: the backend has no such kernel.
     """
     return _matmul((n, out_dtype, backend), x, packed, bias, residual)
 
@@ -77,6 +104,12 @@ def gated_matmul(
         packed: what `pack_gated` made.
         n: F, the width of each half.
         activation: "silu" or "gelu_tanh".
+        out_dtype: dtype of the result; x's by default.
+        backend: the one that `packed` was packed for: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
+
+    Raises:
+        ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
+        NotImplementedError: the backend has no such kernel.
     """
     return _gated_matmul((n, activation, out_dtype, backend), x, packed)
 

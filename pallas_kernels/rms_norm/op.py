@@ -16,6 +16,11 @@ def rms_norm(
         x: rows; float32, bfloat16 or float16.
         weight: float32 (Gemma's 1 + w is added at load).
         eps: added to the mean of squares.
+        backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
+
+    Raises:
+        ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
+        NotImplementedError: the backend has no such kernel.
     """
     return _rms_norm((eps, backend), x, weight)
 

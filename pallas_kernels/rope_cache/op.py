@@ -49,9 +49,17 @@ def rope_cache(
         rope: `rope_table`'s output.
         positions: absolute position of each token.
         slots: page · page_size + offset of each token; padding tokens point into the trash page.
+        num_q_heads, num_kv_heads: Hq and Hkv.
+        q_norm, k_norm: float32 weights of the heads' RMSNorm; None: there is none.
+        eps: added to its mean of squares.
+        backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
     Returns:
-        (q, k_pages, v_pages).
+        (q, k_pages, v_pages), in qkv's dtype.
+
+    Raises:
+        ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
+        NotImplementedError: the backend has no such kernel.
     """
     static = num_q_heads, num_kv_heads, eps, backend
     return _rope_cache(static, qkv, k_pages, v_pages, rope, positions, slots, q_norm, k_norm)

@@ -23,8 +23,11 @@ class SamplingRows:
     top_k: Int[HostOrDevice, " S"]
     """0 means off."""
     top_p: Float[HostOrDevice, " S"]
+    """1 means off."""
     min_p: Float[HostOrDevice, " S"]
+    """0 means off."""
     seed: UInt32[HostOrDevice, "S 2"]
+    """The seed's low and high 32 bits."""
     sample_index: Int[HostOrDevice, " S"]
     """Which of a request's `n` samples this is."""
     position: Int[HostOrDevice, " S"]
@@ -47,8 +50,11 @@ class Adjustments:
     count: Int[HostOrDevice, " A"]
     """How often it occurs in the output."""
     repetition: Float[HostOrDevice, " A"]
+    """Divides a positive logit and multiplies a negative one; 1 means off."""
     presence: Float[HostOrDevice, " A"]
+    """Subtracted if the id occurs in the output; 0 means off."""
     frequency: Float[HostOrDevice, " A"]
+    """Subtracted `count` times; 0 means off."""
 
 
 def adjust(logits: Float[Array, "S V"], adjustments: Adjustments) -> Float[Array, "S V"]:
@@ -81,6 +87,11 @@ def sample(
     Args:
         logits: float32, adjusted if they have to be.
         rows: one entry per row; None takes every row's largest logit, as rows of temperature 0 do.
+        backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
+
+    Raises:
+        ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
+        NotImplementedError: the backend has no such kernel.
     """
     return registry.load("sample", backend).sample(logits, rows)
 
@@ -94,9 +105,15 @@ def token_logprobs(
         logits: float32, as the LM head made them, before any penalty or temperature.
         ids: the tokens asked about.
         top: how many of the largest to return too.
+        backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
     Returns:
-        (logprob of ids, their rank from 1, logprobs of the `top` largest, their ids); ties rank by id.
+        (logprob of ids, their rank from 1, logprobs of the `top` largest, their ids); ties rank by id. Logprobs are
+        natural and float32.
+
+    Raises:
+        ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
+        NotImplementedError: the backend has no such kernel.
     """
     return _token_logprobs((top, backend), logits, ids)
 
