@@ -9,7 +9,7 @@ the trainer's own forward pass reads too: there is one copy of each.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from jaxdet.rl.optimize import update
 from jaxdet.rl.packing import MicroBatch, pack
 from jaxdet.rl.rollouts import Reward, Sample, sample
 from jaxdet.rl.training_state import TrainingState
+from pallas_kernels.backend import compiler_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,9 @@ class GRPO:
         self.masters: nnx.State = jax.tree.map(lambda x: jnp.array(x, jnp.float32), llm.params)
         """The float32 weights, in the layout of `llm.params`."""
         self._optimizer_state = jax.jit(optimizer.init)(self.masters)
+        self._accumulate = _accumulation(
+            llm.engine.step_fn.graph, llm.engine.step_fn.backend, config.clip, config.remat
+        )
         self._directory = None if directory is None else Path(directory)
         self._saved = None
         if self._directory is not None:
@@ -200,11 +204,8 @@ class GRPO:
         refresh_seconds = 0.0
         for turn in range(c.updates_per_step):
             sums, seen = _zeros(self.masters), []
-            model = self.llm.engine.step_fn
             for micro, _, old, weight in batches:
-                sums, values = _accumulate(
-                    model.graph, c.clip, c.remat, model.state, sums, micro, old, weight
-                )
+                sums, values = self._accumulate(self.llm.engine.step_fn.state, sums, micro, old, weight)
                 seen.append(values)
             self.masters, self._optimizer_state, norm = update(
                 self._optimizer, c.max_grad_norm, self.masters, self._optimizer_state, sums
@@ -259,10 +260,15 @@ def objective(
 _zeros = jax.jit(GradientSums.zeros)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "clip", "remat"), donate_argnames="sums")
-def _accumulate(graph, clip: float, remat: bool, state, sums: GradientSums, micro: MicroBatch, old, weight):
-    bounded = functools.partial(objective, clip=clip)
-    return accumulate(nnx.merge(graph, state), sums, micro, bounded, old, weight, remat=remat)
+@functools.cache
+def _accumulation(graph: nnx.GraphDef, backend: str, clip: float, remat: bool) -> Callable:
+    """The compiled forward and backward pass of a micro-batch; the sums are donated."""
+
+    def run(state, sums: GradientSums, micro: MicroBatch, old, weight):
+        bounded = functools.partial(objective, clip=clip)
+        return accumulate(nnx.merge(graph, state), sums, micro, bounded, old, weight, remat=remat)
+
+    return jax.jit(run, donate_argnums=1, compiler_options=compiler_options(backend))
 
 
 _Prepared = tuple[MicroBatch, list[slice], Float[np.ndarray, " T"], Float[np.ndarray, " T"]]
