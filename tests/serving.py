@@ -2,8 +2,15 @@
 
 import asyncio
 import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,31 +24,17 @@ from jaxdet.server.app import Settings, create_app
 KEY = "a-key-of-the-tests"
 
 
-class Server:
-    """uvicorn in a thread, as `jaxdet serve` runs it."""
+class Served:
+    """A server that runs, and clients for it."""
 
-    def __init__(self, llm: LLM, settings: Settings):
-        self.llm = llm
-        config = uvicorn.Config(create_app(llm, settings), port=0, log_level="warning")
-        self._server = run.Server(config, settings.stall_timeout)
-        self._thread = threading.Thread(target=self._server.run)
+    def _connect(self, url: str) -> None:
+        self.url = url
+        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+        self.client = OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
 
-    def __enter__(self) -> "Server":
-        self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive()
-            self._thread.join(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120)
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _disconnect(self) -> None:
         self.http.close()
         self.client.close()
-        self._server.should_exit = True
-        self._thread.join()
 
     def metric(self, name: str) -> float:
         lines = self.http.get("/metrics").text.splitlines()
@@ -56,13 +49,64 @@ class Server:
         raise AssertionError("sequences or pages are still in use")
 
 
+class Server(Served):
+    """uvicorn in a thread, as `jaxdet serve` runs it."""
+
+    def __init__(self, llm: LLM, settings: Settings):
+        self.llm = llm
+        config = uvicorn.Config(create_app(llm, settings), port=0, log_level="warning")
+        self._server = run.Server(config, settings.stall_timeout)
+        self._thread = threading.Thread(target=self._server.run)
+
+    def __enter__(self) -> "Server":
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive()
+            self._thread.join(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self._connect(f"http://127.0.0.1:{port}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._disconnect()
+        self._server.should_exit = True
+        self._thread.join()
+
+
+class Process(Served):
+    """`jaxdet serve` as users start it."""
+
+    def __init__(self, folder: Path, log: Path, *options: str):
+        self.log = log
+        command = [Path(sys.executable).parent / "jaxdet", "serve", folder, "--port", "0", *options]
+        environment = os.environ | {"JAXDET_API_KEY": KEY}
+        with log.open("w") as out:
+            self._process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        while not (found := re.search(r"running on (http://[0-9.:]+)", log.read_text())):
+            assert self._process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        self.pid = self._process.pid
+        self._connect(found[1])
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def __exit__(self, *_: object) -> None:
+        self._disconnect()
+        self.terminate()
+        assert self._process.wait(60) in (0, -signal.SIGTERM), self.log.read_text()
+
+
 @contextlib.contextmanager
 def serving(llm: LLM, **settings: Any) -> Iterator[Server]:
     with Server(llm, Settings(**({"served_model_name": "tiny", "api_keys": [KEY]} | settings))) as server:
         yield server
 
 
-def at_once(server: Server, tasks: list) -> list:
+def at_once(server: Served, tasks: list) -> list:
     """Runs coroutine functions of an async client at the same time; their results in order."""
 
     async def run() -> list:

@@ -1,19 +1,13 @@
 """What malformed requests, timeouts and signals do to a server: nothing to anybody else."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from serving import KEY, serving
+from serving import KEY, Process, serving
 
 from jaxdet.llm import LLM
 from jaxdet.server.app import fingerprint
@@ -192,32 +186,6 @@ def test_settings(other, caplog):
         reply = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://example.com"})
         assert reply.headers["access-control-allow-origin"] == "http://example.com"
     assert "The sea is" in caplog.text
-
-
-class Process:
-    """`jaxdet serve` as users start it."""
-
-    def __init__(self, folder: Path, log: Path, *options: str):
-        self._log = log
-        command = [Path(sys.executable).parent / "jaxdet", "serve", folder, "--port", "0", *options]
-        environment = os.environ | {"JAXDET_API_KEY": KEY}
-        with log.open("w") as out:
-            self._process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-        while not (found := re.search(r"running on (http://[0-9.:]+)", log.read_text())):
-            assert self._process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        self.client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key=KEY, max_retries=0, timeout=120)
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def terminate(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-        self.terminate()
-        assert self._process.wait(60) in (0, -signal.SIGTERM), self._log.read_text()
 
 
 def test_restart_and_drain(folder, llm, server, tmp_path):
