@@ -11,11 +11,13 @@ from jaxdet.demo import run_demo
 from jaxdet.llm import LLM
 from jaxdet.verify import verify as run_verify
 from jaxdet.verify.hlo import lint_step
+from jaxdet.verify.html import write_html
 
 
 def verify(
     model: ModelArgument = DEMO_MODEL,
     output: Annotated[Path, typer.Option(help="JSON report.")] = Path("jaxdet-verify.json"),
+    html: Annotated[Path | None, typer.Option(help="The report as a web page, too.")] = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
     as_json: Annotated[
@@ -27,18 +29,21 @@ def verify(
 ) -> None:
     """Certifies this machine: computes the same values in many ways and compares every bit."""
     if hlo:
-        if as_json:
-            raise ValueError("json is the report of compared bits; leave out --json or --hlo")
+        if as_json or html is not None:
+            raise ValueError("json and html are the report of compared bits; leave them out, or --hlo")
         _lint(model, dtype, backend)
         return
-    if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f"output {output} must be a file in a folder that exists")
+    for name, path in (("output", output), ("html", html)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{name} {path} must be a file in a folder that exists")
     report = run_verify(model, dtype=dtype, backend=backend)
     report.write_json(output)
+    if html is not None:
+        write_html(report, html)
     if as_json:
         typer.echo(output.read_text())
     else:
-        Console().print(report.render(), f"report: {output}")
+        Console().print(report.render(), f"report: {output}" + (f", {html}" if html else ""))
     if not report.ok:
         raise typer.Exit(1)
 

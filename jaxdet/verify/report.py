@@ -32,6 +32,8 @@ class Case:
     compared: int = 0
     """Values (logits, log-probabilities, token ids) compared."""
     differing: int = 0
+    bits: list[int] = dataclasses.field(default_factory=lambda: [0] * 32)
+    """How many of the float32 values differ in each bit; the lowest is first, the sign last."""
     note: str = ""
     """Why nothing could be compared, if so."""
 
@@ -43,7 +45,23 @@ class Case:
             self.differing += expected.size
         else:
             unsigned = f"u{expected.dtype.itemsize}"
-            self.differing += int(np.count_nonzero(found.view(unsigned) != expected.view(unsigned)))
+            changed = found.view(unsigned) ^ expected.view(unsigned)
+            changed = changed[changed != 0]
+            self.differing += changed.size
+            if expected.dtype == np.float32 and changed.size:
+                self.bits = [
+                    count + more for count, more in zip(self.bits, _count_bits(changed), strict=True)
+                ]
+
+
+def _count_bits(values: np.ndarray) -> list[int]:
+    """How many of some uint32 have each bit set."""
+    octets = values.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
+    found: list[int] = []
+    for octet in octets.T:
+        seen = np.bincount(octet, minlength=256)
+        found += [int(seen[(np.arange(256) >> bit) & 1 == 1].sum()) for bit in range(8)]
+    return found
 
 
 @dataclasses.dataclass
@@ -71,9 +89,7 @@ class Report:
     def write_json(self, path: Path) -> None:
         """Writes everything, in one piece."""
         content = dataclasses.asdict(self) | {"ok": self.ok, "control_bites": self.control_bites}
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(path)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
     def render(self) -> Group:
         """The report for a terminal."""
@@ -110,6 +126,13 @@ class Report:
             else Text(f"NOT deterministic: {bad} of {len(self.cases)} cases failed", style="bold red")
         )
         return Group(table, *notes, verdict)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, or nothing of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def environment(backend: str, dtype: str) -> dict[str, Any]:
