@@ -16,12 +16,12 @@ def openai_line(name: str, url: str, **body: object) -> dict:
     return {"custom_id": name, "method": "POST", "url": url, "body": {"model": "tiny"} | body}
 
 
-def mixed(count: int) -> list[dict]:
-    """Requests of every form, of many lengths."""
+def mixed(count: int, *, seed: int = 1000) -> list[dict]:
+    """Requests of every form, of many lengths, each with a seed of its own."""
     lines: list[dict] = []
     for i in range(count):
-        text, seed = f"{'word ' * (i * 7 % 11)}{i}", 1000 + i
-        sampled = {"temperature": 0.9, "seed": seed, "max_tokens": 2 + i * 5 % 9}
+        text = f"{'word ' * (i * 7 % 11)}{i}"
+        sampled = {"temperature": 0.9, "seed": seed + i, "max_tokens": 2 + i * 5 % 9}
         lines.append(
             [
                 {"prompt": text, "id": f"plain {i}"} | sampled,
@@ -41,6 +41,18 @@ def write(path: Path, lines: list) -> Path:
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def texts(answer: dict) -> list[str]:
+    """What an answer says, in either format."""
+    body = answer["response"]["body"] if "response" in answer else answer
+    return [c["text"] if "text" in c else c["message"]["content"] for c in body["choices"]]
+
+
+def differing(ours: bytes, theirs: bytes) -> int:
+    """How many answers of two outputs say something else."""
+    pairs = zip(ours.splitlines(), theirs.splitlines(), strict=True)
+    return sum(texts(json.loads(a)) != texts(json.loads(b)) for a, b in pairs)
 
 
 class Run:

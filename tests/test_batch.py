@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from batches import CHAT, SETTINGS, Run, mixed, openai_line, read, write
+from batches import CHAT, SETTINGS, Run, differing, mixed, openai_line, read, texts, write
 
 from jaxdet.batch import output as output_files
 from jaxdet.batch import run as batch_run
@@ -105,13 +105,10 @@ def test_bytes_do_not_depend_on_the_batch_size(folder, source, expected, tmp_pat
     assert (len(read(run.output)), len(read(run.errors))) == (36, 1)
 
 
-def test_other_seeds_give_other_bytes(llm, source, expected, tmp_path):
-    lines = [json.dumps(line).replace('"seed": 1', '"seed": 2') for line in mixed(36)]
-    reseeded = write(tmp_path / "in.jsonl", [(line + "\n").encode() for line in lines])
-    run = Run(llm, reseeded, tmp_path / "out")
+def test_other_seeds_give_other_answers(llm, expected, tmp_path):
+    run = Run(llm, write(tmp_path / "in.jsonl", mixed(36, seed=2000)), tmp_path / "out")
     run()
-    ours, theirs = ([_texts(a) for a in map(json.loads, b.splitlines())] for b in (run.bytes[0], expected[0]))
-    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) > 30
+    assert differing(run.bytes[0], expected[0]) > 30
 
 
 def test_answers_are_the_engines_own(llm, expected):
@@ -128,7 +125,7 @@ def test_answers_are_the_engines_own(llm, expected):
             outputs = llm.generate([llm.user_prompt(line["prompt"])], params, use_tqdm=False)
         else:
             outputs = llm.generate(body["prompt"], params, use_tqdm=False)
-        assert _texts(answer) == [c.text for o in outputs for c in o.outputs]
+        assert texts(answer) == [c.text for o in outputs for c in o.outputs]
         assert answer.get("custom_id", answer["id"]) == line.get("custom_id", line.get("id"))
     logprobs = answers[2]["response"]["body"]["choices"][0]["logprobs"]
     assert len(logprobs["token_logprobs"]) == mixed(3)[2]["body"]["max_tokens"]
@@ -149,7 +146,7 @@ def test_bad_lines(llm, tmp_path):
         assert "\n" not in error["error"]["message"]
     ids = ["odd", 7, "stream", "role", "url", "no body"]
     assert [e["id"] for e in errors if e["id"] is not None] == ids
-    assert len({tuple(_texts(a)) for a in read(run.output)}) == 1
+    assert len({tuple(texts(a)) for a in read(run.output)}) == 1
 
 
 def test_lines_that_are_too_long(llm, tmp_path, monkeypatch):
@@ -296,6 +293,16 @@ def test_another_run_is_refused(run, tmp_path, change, finished):
     assert run.llm.tokenizer and len(read(run.output)) == 2
 
 
+def test_a_run_that_found_nothing_is_in_nobodys_way(run, expected):
+    settings = run.settings
+    run.settings = dataclasses.replace(settings, seed=1)
+    with pytest.raises(Interrupted):
+        run(stop_after=0)
+    run.settings = settings
+    run()
+    assert run.bytes == expected
+
+
 def test_files_of_others_are_refused(run):
     run.output.write_text("precious")
     with pytest.raises(ValueError, match=r"out\.jsonl exists; use --overwrite or another name"):
@@ -341,9 +348,9 @@ def test_parquet(llm, run, source, expected, tmp_path):
         if "body" in row:
             row["body"] = json.dumps(row["body"])
         row["id"] = str(row["id"]) if "id" in row else None
-    texts = [row for row in rows if not isinstance(row.get("prompt"), list)]
+    strings = [row for row in rows if not isinstance(row.get("prompt"), list)]
     ids = [row for row in rows if isinstance(row.get("prompt"), list)]
-    for name, some in (("texts", texts), ("ids", ids)):
+    for name, some in (("strings", strings), ("ids", ids)):
         pq.write_table(pa.Table.from_pylist(_complete(some)), tmp_path / f"{name}.parquet", row_group_size=4)
         table = Run(llm, tmp_path / f"{name}.parquet", tmp_path / name, suffix=".parquet")
         with pytest.raises(Interrupted):
@@ -354,7 +361,7 @@ def test_parquet(llm, run, source, expected, tmp_path):
         found = pq.read_table(table.output).to_pylist()
         assert len(found) == len(some) and len(read(lines.output)) == len(some)
         for row, answer in zip(found, read(lines.output), strict=True):
-            assert row["text"] == _texts(answer) == _texts(json.loads(row["answer"]))
+            assert row["text"] == texts(answer) == texts(json.loads(row["answer"]))
             assert row["id"] == answer.get("custom_id", answer["id"])
             assert set(row["finish_reason"]) <= {"stop", "length"}
         again = Run(llm, table.source, tmp_path / f"{name} again", suffix=".parquet")
@@ -444,11 +451,6 @@ def test_command(command, folder, llm, tmp_path, monkeypatch):
     assert code == 1 and "another run" in said and said.count("\n") == 1
     code, said = command(tmp_path / "none.jsonl", out)
     assert code == 1 and "none.jsonl is no file" in said
-
-
-def _texts(answer: dict) -> list[str]:
-    body = answer["response"]["body"] if "response" in answer else answer
-    return [c["text"] if "text" in c else c["message"]["content"] for c in body["choices"]]
 
 
 def _complete(rows: list[dict]) -> list[dict]:

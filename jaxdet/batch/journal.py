@@ -57,7 +57,7 @@ class Journal:
             with path.open("rb") as file:
                 for place, record, end in _records(file):  # noqa: B007
                     self._note(place, record)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         os.ftruncate(self._file, end)
         self._end, self._synced = end, time.monotonic()
         if not end:
@@ -124,11 +124,16 @@ class Journal:
 
 
 def run_of(path: Path) -> str | None:
-    """Digest of the run whose journal a file is; None if it isn't there, or ends before it says."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        return next((record.data.decode() for _, record, _ in _records(file)), None)
+    """Digest of the run whose journal a file is; None if there is no file, or no line's result in it."""
+    run = None
+    if path.exists():
+        with path.open("rb") as file:
+            for _, record, _ in _records(file):
+                if record.number:
+                    return run
+                if record.kind == Kind.run:
+                    run = record.data.decode()
+    return None
 
 
 def sync_folder(folder: Path) -> None:

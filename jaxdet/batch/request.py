@@ -140,7 +140,13 @@ class Requests:
     def _body(self, task: Task, digest: str, outputs: list[RequestOutput]) -> dict[str, Any]:
         prefix = "chatcmpl" if task.kind == "chat.completion" else "cmpl"
         answer = Answer(
-            task.kind, self._name, self.fingerprint, task.logprobs, id=f"{prefix}-{digest}", created=0
+            task.kind,
+            self._name,
+            self.fingerprint,
+            task.logprobs,
+            task.tools,
+            id=f"{prefix}-{digest}",
+            created=0,
         )
         whole = answer.whole(outputs)
         del whole["usage"]["prompt_tokens_details"]  # what the cache had depends on what else ran

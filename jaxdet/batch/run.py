@@ -57,6 +57,10 @@ class Summary:
     seconds: float
 
 
+class RunError(RuntimeError):
+    """What does the work can't go on; the message says why, in one line."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says what is done and how to go on."""
 
@@ -74,6 +78,7 @@ def run_batch(
 
     Raises:
         ValueError: a file would be overwritten or isn't usable.
+        RunError: the work can't go on.
         Interrupted: by Ctrl-C.
     """
     _check_places(source, output, errors)
@@ -127,7 +132,7 @@ def _answer(lines: Source, journal: Journal, answers: Answers) -> int:
     finally:
         journal.sync()
     if journal.done < lines.requests:
-        raise RuntimeError(f"{lines.requests - journal.done} lines got no result; run the same command again")
+        raise RunError(f"{lines.requests - journal.done} lines got no result; run the same command again")
     return tokens
 
 

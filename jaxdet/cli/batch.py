@@ -1,13 +1,15 @@
 """`jaxdet batch`."""
 
 import functools
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jaxdet.batch.local import answer_here
-from jaxdet.batch.run import Interrupted, Settings, Summary, run_batch
+from jaxdet.batch.request import Result
+from jaxdet.batch.run import Interrupted, RunError, Settings, Summary, run_batch
 from jaxdet.cli.messages import complain
 from jaxdet.cli.options import (
     DEMO_MODEL,
@@ -51,6 +53,11 @@ def batch(
     ] = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of a Ray cluster, or auto: this machine's, or a new one on it."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="With --ray: engines, one on each GPU.")] = 1,
 ) -> None:
     """Answers a file of requests; stopped at any moment, the same command goes on to the same bytes.
 
@@ -72,16 +79,32 @@ def batch(
             "min_p": min_p,
         },
     )
-    answers = functools.partial(answer_here, settings, max_num_seqs=max_num_seqs)
+    answers = functools.partial(_answer(ray, workers), settings, max_num_seqs=max_num_seqs)
     errors = errors or output.with_suffix(".errors.jsonl")
     try:
         found = run_batch(source, output, errors, settings, answers, overwrite=overwrite)
     except Interrupted as stop:
         complain(str(stop))
         raise typer.Exit(INTERRUPTED) from None
+    except RunError as error:
+        complain(error)
+        raise typer.Exit(1) from None
     typer.echo(_report(found, output, errors), err=True)
     if found.failed:
         raise typer.Exit(SOME_LINES_FAILED)
+
+
+def _answer(address: str | None, workers: int) -> Callable[..., Generator[tuple[str, Result]]]:
+    """Who answers: an engine in this process, or workers on a cluster."""
+    if address is None:
+        if workers != 1:
+            raise ValueError(f"workers={workers} need a cluster; add --ray auto")
+        return answer_here
+    try:
+        from jaxdet.batch.cluster import answer_on_ray
+    except ModuleNotFoundError as error:
+        raise ValueError(f"ray needs {error.name}; pip install 'jaxdet[ray]'") from None
+    return functools.partial(answer_on_ray, address=address, workers=workers)
 
 
 def _report(found: Summary, output: Path, errors: Path) -> str:
