@@ -5,6 +5,7 @@ const form = byId("settings");
 const FIELDS = ["prompt", "completions", "max_tokens", "load", "temperature", "seed"];
 // What jaxdet's bits depend on: the same values must give the same digest.
 const REQUEST = ["prompt", "max_tokens", "temperature", "seed"];
+const WORDS = { outputs: ["text", "different texts"], bits: ["set of bits", "different sets of bits"] };
 const NAMES = { plain: "Plain JAX", jaxdet: "jaxdet" };
 
 let model = {};
@@ -103,7 +104,9 @@ class Column {
   count(event) {
     this.counts = event;
     for (const total of this.body.querySelectorAll(".counts dd")) {
-      total.textContent = new Set(event[total.dataset.of]).size;
+      const count = new Set(event[total.dataset.of]).size;
+      total.textContent = count;
+      total.previousElementSibling.textContent = WORDS[total.dataset.of][count === 1 ? 0 : 1];
     }
     for (const strip of this.body.querySelectorAll(".strip")) {
       const of = event[strip.dataset.of];
