@@ -6,6 +6,8 @@ from jaxdet.engine.buckets import Buckets
 from jaxdet.models.config import ModelConfig
 from pallas_kernels.numerics import PAGE_SIZE
 
+SIGNIFICANT_BITS = 7
+"""Of a number of pages that memory limits: at most a 64th is given up."""
 CPU_CACHE_BYTES = 2**30
 """Size limit of the cache where the device doesn't tell its memory."""
 
@@ -49,4 +51,7 @@ def plan_pages(
             f"sequence's {table * PAGE_SIZE}; lower max_model_len, max_num_seqs or max_num_batched_tokens, or raise "
             f"gpu_memory_utilization={utilization}"
         )
+    if pages < wanted:
+        # Programs know the number of pages. The memory that is free differs from start to start; found programs don't.
+        pages -= pages % (1 << max(0, pages.bit_length() - SIGNIFICANT_BITS))
     return max(table, pages) + 1

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxdet.engine import lowered_cache
 from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.backend import compiler_options
@@ -23,6 +24,9 @@ from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, restrict
 SCORE_ROWS = 64
 """Rows of logits alive at once while every position is scored."""
 
+KEPT = ("model", "logits", "draw", "logprobs", "score")
+"""Programs with kernels of ours, slow enough to lower to be worth keeping."""
+
 
 class Logprobs(NamedTuple):
     """What `token_logprobs` returns: of a token, its rank, and of the most likely ones."""
@@ -31,6 +35,9 @@ class Logprobs(NamedTuple):
     rank: HostOrDevice
     top: HostOrDevice
     top_ids: HostOrDevice
+
+
+jax.export.register_namedtuple_serialization(Logprobs, serialized_name=f"{__name__}.Logprobs")
 
 
 class StepOutput(NamedTuple):
@@ -52,17 +59,16 @@ class Step:
         graph, self.state = nnx.split(model)
         self.graph, backend = graph, self.backend
         bind = functools.partial
-        jit = bind(jax.jit, compiler_options=compiler_options(backend))
         self._functions = {
-            "model": jit(bind(_model, graph, self._tree), donate_argnums=1),
-            "logits": jit(bind(_logits, graph, self._tree)),
-            "draw": jit(bind(_draw, backend), donate_argnums=3),
-            "adjust": jit(adjust),
-            "restrict": jit(restrict),
-            "logprobs": jit(bind(_logprobs, backend), static_argnames="top"),
-            "score": jit(bind(_score, graph, self._tree), static_argnames="top"),
-            "copy": jax.jit(_copy_pages, donate_argnums=0),
-            "cast": jax.jit(_cast_like, donate_argnums=1, keep_unused=True),
+            "model": (bind(_model, graph, self._tree), {"donate_argnums": 1}),
+            "logits": (bind(_logits, graph, self._tree), {}),
+            "draw": (bind(_draw, backend), {"donate_argnums": 3}),
+            "adjust": (adjust, {}),
+            "restrict": (restrict, {}),
+            "logprobs": (bind(_logprobs, backend), {}),
+            "score": (bind(_score, graph, self._tree), {}),
+            "copy": (_copy_pages, {"donate_argnums": 0}),
+            "cast": (_cast_like, {"donate_argnums": 1, "keep_unused": True}),
         }
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
@@ -181,8 +187,14 @@ class Step:
         return program(*args)
 
     def _compile(self, name: str, key: Any, *args: Any, **static: Any) -> Any:
-        program = self._functions[name].lower(*args, **static).compile()
-        self._programs[name, key] = program
+        function, options = self._functions[name]
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(self.backend), **options)
+        if name in KEPT and (folder := lowered_cache.folder(self.backend)):
+            origin = name, self.config, str(self.dtype), self.backend
+            lowered = lowered_cache.lower(function, args, static, kept_in=folder, origin=origin, jit=jit)
+        else:
+            lowered = jit(functools.partial(function, **static)).lower(*args)
+        self._programs[name, key] = program = lowered.compile()
         return program
 
 
