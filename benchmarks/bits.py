@@ -17,6 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from tune_matmul import unlike
 
+from jaxdet.engine.step import Step
+from jaxdet.testing import QWEN3_8B, random_model
+from jaxdet.verify.cases import step_cases
+from jaxdet.verify.probe import MODEL_LEN, Probe
 from pallas_kernels.attention import mosaic_gpu_sm90 as attention
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
 from pallas_kernels.matmul.tuning_sm90 import ROW_BUCKETS, TABLE, Tile, tile
@@ -228,6 +232,23 @@ def draw(vocab: int, count: int):
     }
 
 
+def xla_step(dtype: str):
+    """Two layers of Qwen3-8B's shape on the xla backend: the step cases of `jaxdet verify`."""
+    model = random_model(
+        QWEN3_8B | {"num_hidden_layers": 2, "vocab_size": 4096},
+        dtype=jnp.dtype(dtype),
+        backend="xla",
+        max_model_len=MODEL_LEN,
+    )
+    probe = Probe(Step(model))
+    cases = [
+        {"case": case.name, "compared": case.compared, "differ": case.differing} for case in step_cases(probe)
+    ]
+    tally = Tally()
+    tally.compared, tally.differ = (sum(case[key] for case in cases) for key in ("compared", "differ"))
+    return tally.row(op="xla, two layers of Qwen3-8B's shape", dtype=dtype, cases=cases)
+
+
 def whole_step():
     """A tiny Qwen3, requests run alone against the same in one batch: tokens and logits."""
     from jaxdet import LLM, SamplingParams
@@ -255,6 +276,7 @@ def whole_step():
 
 
 SECTIONS = {
+    "xla": [functools.partial(xla_step, dtype) for dtype in ("bfloat16", "float16", "float32")],
     "rope": [
         functools.partial(rope, *shape)
         for shape in (

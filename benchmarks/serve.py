@@ -1,6 +1,7 @@
 """A load generator: latency and throughput of `jaxdet serve` beside the offline engine, and whether bits moved.
 
-    python benchmarks/serve.py MODEL [--clients 1 8 64] [--requests 128] [--prompt 128] [--output 64] [--out FILE]
+    python benchmarks/serve.py MODEL [--clients 1 8 64] [--requests 128] [--prompt 128] [--output 64] [--backend NAME]
+        [--max-model-len N] [--max-num-batched-tokens N] [--num-pages N] [--out FILE]
 
 Runs random prompts through `LLM.generate`, all at once, then starts the server over the same LLM (a thread, a free
 port) and lets so many clients at a time, in another process, stream the same completions. TTFT is from sending a
@@ -117,10 +118,23 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=64)
+    parser.add_argument("--backend", help="the device's own by default")
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--num-pages", type=int)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     # Without the prefix cache: prompts are the same in every run.
-    llm = LLM(args.model, enable_prefix_caching=False, max_num_seqs=max(args.clients), compile_at_start=True)
+    llm = LLM(
+        args.model,
+        backend=args.backend,
+        max_num_seqs=max(args.clients),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=args.max_model_len,
+        num_pages=args.num_pages,
+        enable_prefix_caching=False,
+        compile_at_start=True,
+    )
     prompts = requests_of(llm, args.requests, args.prompt)
     offline(llm, prompts, args.output)  # warms up
     best, cpu, expected = offline(llm, prompts, args.output)
@@ -148,6 +162,7 @@ def main() -> None:
     report = {
         "model": llm.name,
         "device": jax.devices()[0].device_kind,
+        "backend": llm.engine.step_fn.backend,
         "machine": platform.processor() or platform.machine(),
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),

@@ -29,7 +29,15 @@ def verify(
     Raises:
         ValueError, FileNotFoundError: the model can't be loaded, see `LLM`.
     """
-    llm = LLM(model, dtype=dtype, backend=backend, max_model_len=MODEL_LEN, num_pages=POOL, keep_logits=True)
+    llm = LLM(
+        model,
+        dtype=dtype,
+        backend=backend,
+        max_model_len=MODEL_LEN,
+        num_pages=POOL,
+        compile_at_start=False,  # few of its programs run
+        keep_logits=True,
+    )
     probe = Probe(llm.engine.step_fn)
     with tqdm(desc="Verifying", unit="case", total=17, disable=not progress) as bar:
 
