@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from jaxdet import certificates
 from jaxdet.checkpoints import Checkpoint, open_checkpoint
 from jaxdet.engine.compile_cache import use_compile_cache
 from jaxdet.engine.digest import weights_digest
@@ -131,6 +132,7 @@ class LLM:
         self.max_model_len = max_model_len
         self.tokenizer = checkpoint.tokenizer()
         network = _load(checkpoint, DTYPES[dtype], backend, max_model_len)
+        certificates.say(self.name, network.backend, dtype)
         drafter = None
         if speculative_model == NGRAM:
             drafter = NGRAM

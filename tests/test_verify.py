@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxdet import certificates
 from jaxdet.testing import write_tiny_model
 from jaxdet.verify import Case, verify
 from jaxdet.verify.control import NAMES
@@ -45,8 +46,11 @@ def test_catches_a_plain_matmul(tmp_path, monkeypatch):
         return jnp.dot(x, w, preferred_element_type=jnp.float32)
 
     monkeypatch.setattr(matmul, "dot", plain)
-    report = verify(write_tiny_model(tmp_path / "tiny", **WIDE), progress=False)
+    monkeypatch.setenv("JAXDET_CACHE", str(tmp_path / "cache"))
+    folder = write_tiny_model(tmp_path / "tiny", **WIDE)
+    report = verify(folder, progress=False)
     assert not report.ok
+    assert certificates.differing("tiny", "xla", "float32") == sum(c.differing for c in report.cases)
     assert {c.name for c in report.cases if c.differing} >= {NAMES["one_by_one"]}
     assert "NOT deterministic" in rendered(report)
     assert report.control_bites

@@ -4,14 +4,21 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import secrets
 
+from jaxdet import certificates
 from jaxdet.llm import LLM
 from pallas_kernels.backend import platform_key
 from pallas_kernels.numerics import NUMERICS_VERSION
 
 
 def fingerprint(llm: LLM) -> str:
-    """Digest of everything that answers depend on: engines with the same one give the same bits."""
+    """Digest of everything that answers depend on: engines with the same one give the same bits.
+
+    Where `jaxdet verify` found values that differ no two engines have the same one.
+    """
+    if certificates.differing(llm.name, llm.engine.step_fn.backend, llm.dtype):
+        return f"uncertified_{secrets.token_hex(16)}"
     tokenizer = llm.tokenizer
     grammars = importlib.util.find_spec("llguidance") and importlib.metadata.version("llguidance")
     facts = {

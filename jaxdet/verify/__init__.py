@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jaxdet import certificates
 from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import open_checkpoint
 from jaxdet.llm import LLM
@@ -20,6 +21,8 @@ def verify(
     model: str | Path, *, dtype: str = "auto", backend: str | None = None, progress: bool = True
 ) -> Report:
     """Runs every case of promises I1–I4 on this machine, and the same through plain jitted JAX.
+
+    What it found is kept: an engine with this model, backend and dtype says at its start if values differed here.
 
     Args:
         model: as for `LLM`; its context must hold 512 tokens.
@@ -53,4 +56,7 @@ def verify(
         plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)
         control = list(run(control_cases(plain, probe.tokens)))
     cases.sort(key=lambda case: case.promise)
-    return Report(llm.name, digest, cases, control, environment(llm.engine.step_fn.backend, llm.dtype))
+    used = llm.engine.step_fn.backend
+    compared, differing = (sum(getattr(case, name) for case in cases) for name in ("compared", "differing"))
+    certificates.keep(llm.name, used, llm.dtype, compared=compared, differing=differing)
+    return Report(llm.name, digest, cases, control, environment(used, llm.dtype))

@@ -1,0 +1,61 @@
+"""What `jaxdet verify` found on this machine, kept for the engines that start later."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import jax
+
+from jaxdet.checkpoints.demo import cache_dir
+from pallas_kernels.backend import platform_key
+from pallas_kernels.numerics import NUMERICS_VERSION
+
+TESTED = {("cpu", "xla"), ("gpu", "mosaic_gpu")}
+"""Platforms and backends that the project itself holds to the contract; on others it is this machine's own word."""
+
+
+def keep(model: str, backend: str, dtype: str, *, compared: int, differing: int) -> None:
+    """Notes what a verification compared and found; a cache that can't be written keeps nothing."""
+    path = _path(model, backend, dtype)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"model": model, "compared": compared, "differing": differing}) + "\n")
+    except OSError:
+        return
+
+
+def differing(model: str, backend: str, dtype: str) -> int | None:
+    """How many values differed when this model was last verified here; None if it never was."""
+    try:
+        return int(json.loads(_path(model, backend, dtype).read_text())["differing"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def say(model: str, backend: str, dtype: str) -> None:
+    """Warns of a machine that failed the model's verification, or needs one and has had none."""
+    found, log = differing(model, backend, dtype), logging.getLogger(__name__)
+    device = jax.devices()[0].device_kind
+    if found:
+        log.warning(
+            "determinism is NOT claimed on this %s: `jaxdet verify` found %d differing values with backend=%r and "
+            "dtype=%r; use another backend or dtype",
+            device,
+            found,
+            backend,
+            dtype,
+        )
+    elif found is None and (jax.default_backend(), backend) not in TESTED:
+        log.warning(
+            "backend=%r was never certified on this %s with this model; `jaxdet verify %s --dtype %s` does so, once",
+            backend,
+            device,
+            model,
+            dtype,
+        )
+
+
+def _path(model: str, backend: str, dtype: str) -> Path:
+    name = hashlib.sha256(f"{model} {backend} {dtype} {NUMERICS_VERSION}".encode()).hexdigest()[:16]
+    return cache_dir() / "certificates" / platform_key() / f"{name}.json"
