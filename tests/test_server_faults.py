@@ -128,6 +128,27 @@ def test_a_message_is_no_template(server, text):
     assert text in server.http.post("/detokenize", json={"tokens": found["tokens"]}).json()["prompt"]
 
 
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
+)
+def test_bodies_must_be_called_json(server, kind):
+    body = json.dumps(COMPLETION).encode()
+    reply = server.http.post("/v1/completions", content=body, headers={"Content-Type": kind} if kind else {})
+    assert reply.status_code == 415 and "'application/json'" in reply.json()["error"]["message"]
+    for right in ("application/json; charset=utf-8", "Application/JSON", "application/x+json"):
+        reply = server.http.post("/v1/completions", content=body, headers={"Content-Type": right})
+        assert reply.status_code == 200
+
+
+def test_answers_can_be_sent_back(server):
+    """As clients do it: with every field that their own objects have, most of them null."""
+    ask = server.client.chat.completions.create
+    message = ask(**CHAT).choices[0].message
+    for history in (message, message.model_dump(), message.model_dump() | {"annotations": []}):
+        found = ask(**(CHAT | {"messages": [*CHAT["messages"], history, *CHAT["messages"]]}))
+        assert found.choices[0].message.content
+
+
 def test_wrong_paths_and_methods(server):
     assert server.http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert server.http.get("/v1/completions").status_code == 405
@@ -139,7 +160,8 @@ def test_malformed_requests_change_nothing(server):
     stop = threading.Event()
 
     def attack() -> None:
-        with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}) as http:
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        with httpx.Client(base_url=server.url, headers=headers) as http:
             while not stop.is_set():
                 for body in MALFORMED.values():
                     http.post("/v1/completions", content=body)

@@ -131,6 +131,11 @@ class CompletionRequest(Sampling):
     """16 without one, as OpenAI has it."""
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
+    # Nothing else is supported.
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+
 
 class TextPart(Strict):
     type: Literal["text"]
@@ -155,6 +160,11 @@ class Message(Strict):
     refusal: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
+
+    # In answers that clients send back, always empty here.
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: content is text, arguments of tool calls are objects."""
@@ -219,6 +229,7 @@ class ChatCompletionRequest(Sampling):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     """Whether an answer may hold more than one call; null means yes."""
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
 
     def functions(self) -> dict[str, Function]:
         """What the model may call.

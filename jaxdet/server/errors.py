@@ -1,6 +1,7 @@
 """Errors as HTTP answers."""
 
 import logging
+import re
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -10,6 +11,8 @@ from starlette.exceptions import HTTPException
 from jaxdet.api.errors import ApiError, invalid
 
 log = logging.getLogger("jaxdet.server")
+
+JSON_TYPE = re.compile(r"\s*application/([^;]*\+)?json\s*(;|$)", re.IGNORECASE)
 
 
 def respond(error: ApiError) -> JSONResponse:
@@ -30,12 +33,18 @@ def api_error(error: Exception) -> ApiError:
 def install_handlers(app: FastAPI) -> None:
     """Every error of the app leaves it in OpenAI's form."""
 
-    async def validation(_: Request, error: Exception) -> JSONResponse:
+    async def validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
+        kind = request.headers.get("content-type", "")
+        if not JSON_TYPE.match(kind):  # then FastAPI didn't read the body
+            message = f"Content-Type is {kind!r} and must be 'application/json'; set that header"
+            return respond(ApiError(415, message))
         return respond(invalid(error.errors()))
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 404:
+            return respond(ApiError(404, "there is no such path; GET /openapi.json lists all"))
         return respond(ApiError(error.status_code, str(error.detail), headers=error.headers))
 
     async def other(_: Request, error: Exception) -> JSONResponse:
