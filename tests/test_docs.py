@@ -35,6 +35,7 @@ RUN = (
 )
 """Pages whose Python is run, with a tiny model in the demo model's place; that of the others must compile."""
 SLOW = ("README.md", "generate.md", "index.md")
+"""Of these, pages that take more than 20 seconds."""
 
 
 def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
@@ -90,6 +91,13 @@ def test_mistakes_are_noticed(tmp_path: Path, mistake: str, named: tuple[str, ..
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode != 0
     assert [name for name in named if name not in done.stdout + done.stderr] == []
+
+
+def test_the_readmes_links():
+    """The site doesn't have this page, so nothing else looks."""
+    links = re.findall(r"\]\((?![a-z]+:)([^)#]+)", PAGES["README.md"].read_text())
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
