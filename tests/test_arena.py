@@ -9,11 +9,15 @@ import pytest
 from fastapi.testclient import TestClient
 
 from jaxdet.arena.answer import Answer, digest
-from jaxdet.arena.app import FILES, MAX_BODY_BYTES, create_app
+from jaxdet.arena.app import MAX_BODY_BYTES, create_app
+from jaxdet.arena.page import FILES
 from jaxdet.arena.run import Arena
 from jaxdet.arena.settings import CONTEXT, Settings
 from jaxdet.arena.traffic import batches
 from jaxdet.arena.tree import divergence_tree
+from jaxdet.llm import LLM
+from jaxdet.server.app import Settings as ServerSettings
+from jaxdet.server.app import create_app as create_server
 from jaxdet.testing import VOCAB_SIZE, byte_tokenizer, write_tiny_model
 
 WIDE = {"hidden_size": 576, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -148,10 +152,21 @@ def test_page(client, arena):
             "it loads something from elsewhere"
         )
     assert client.get("/api/model").json() == arena.facts
-    script = client.get("/arena.js").text
+    script = client.get("/arena.js").text + client.get("/source.js").text
     assert not [
         name for name in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write") if name in script
     ]
+
+
+def test_the_server_shows_the_page_without_a_key(tmp_path):
+    llm = LLM(write_tiny_model(tmp_path / "tiny"), max_model_len=64, num_pages=4)
+    with TestClient(create_server(llm, ServerSettings(api_keys=["secret"]))) as client:
+        for path, (_, kind) in FILES.items():
+            found = client.get(path)
+            assert (found.status_code, found.headers["content-type"]) == (200, kind)
+        assert "v1/completions" in client.get("/source.js").text
+        assert client.get("/v1/models").status_code == 401  # the control
+        assert not {*FILES} & {*client.app.openapi()["paths"]}
 
 
 def test_the_page_has_the_settings_limits(client):
@@ -227,7 +242,8 @@ class Blocked:
         raise RuntimeError("a secret of the server's")
 
 
-def test_one_run_at_a_time_and_what_fails_says_so():
+def test_one_run_at_a_time_and_what_fails_says_so(monkeypatch):
+    monkeypatch.setattr("jaxdet.arena.app.WAIT_SECONDS", 0.2)
     arena = Blocked()
     with TestClient(create_app(arena, host="127.0.0.1"), base_url="http://127.0.0.1") as client:
         first = []

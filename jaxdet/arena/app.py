@@ -1,7 +1,6 @@
 """The page and the runs behind it, over HTTP."""
 
 import asyncio
-import importlib.resources
 import json
 from collections.abc import AsyncIterator, Generator
 from typing import Any
@@ -15,28 +14,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
 
 from jaxdet.api.errors import ApiError, invalid
+from jaxdet.arena.page import add_page
 from jaxdet.arena.run import Arena, Event
 from jaxdet.arena.settings import Settings
 from jaxdet.server.errors import api_error, install_handlers
 
-FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/arena.js": ("arena.js", "text/javascript; charset=utf-8"),
-    "/arena.css": ("arena.css", "text/css; charset=utf-8"),
-}
-HEADERS = {
-    # The page runs its own script and loads nothing from elsewhere, whatever a model says.
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 MAX_BODY_BYTES = 64 * 1024
 RUN_SECONDS = 3600
 """How long a run may take, and a client that doesn't read may hold it up."""
+WAIT_SECONDS = 30
+"""How long a run waits for the one before: when that is stopped, a program may just be compiling for it."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -51,18 +38,11 @@ def create_app(arena: Arena, *, host: str) -> FastAPI:
     if host in LOOPBACK:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     install_handlers(app)
-    for path in FILES:
-        app.add_api_route(path, _file, methods=["GET"], response_model=None)
+    add_page(app, "arena.source.js")
     runs = _Runs(arena)
     app.add_api_route("/api/model", runs.model, methods=["GET"], response_model=None)
     app.add_api_route("/api/run", runs.run, methods=["POST"], response_model=None)
     return app
-
-
-async def _file(http: Request) -> Response:
-    name, kind = FILES[http.url.path]
-    content = importlib.resources.files("jaxdet.arena").joinpath("page", name).read_bytes()
-    return Response(content, media_type=kind, headers=HEADERS)
 
 
 class _Runs:
@@ -76,9 +56,11 @@ class _Runs:
 
     async def run(self, http: Request) -> Response:
         settings = await _read(http)
-        if self._busy.locked():
-            raise ApiError(409, "another run is under way; wait for its end or stop it")
-        await self._busy.acquire()
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                await self._busy.acquire()
+        except TimeoutError:
+            raise ApiError(409, "another run is under way; wait for its end or stop it") from None
         try:
             events = await run_in_threadpool(self._arena.run, settings)
         except BaseException:

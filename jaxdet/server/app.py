@@ -26,6 +26,7 @@ from jaxdet.api.protocol import (
 )
 from jaxdet.api.reader import Reader, Task
 from jaxdet.api.responses import Answer, count_usage
+from jaxdet.arena.page import add_page
 from jaxdet.llm import LLM
 from jaxdet.server.errors import install_handlers
 from jaxdet.server.limits import Limits
@@ -97,6 +98,8 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
         ("GET", "/ready", service.ready),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
+
+    add_page(app, "server.source.js")
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxdet.api.errors import ApiError
+from jaxdet.arena.page import FILES as PAGE
 from jaxdet.server.errors import respond
 from jaxdet.server.metrics import Metrics
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", *PAGE})
 """They need no key, and say nothing about any prompt."""
 BODY_SECONDS = 60
 """How long a body may take to arrive."""

@@ -1,4 +1,6 @@
-// The page of `jaxdet arena`. What a model says is only ever set as text, never as HTML.
+// The page of `jaxdet arena` and `jaxdet serve`. What a model says is only ever set as text, never as HTML.
+
+import { COLUMNS, HEADING, events, facts } from "./source.js";
 
 const byId = (id) => document.getElementById(id);
 const form = byId("settings");
@@ -40,7 +42,7 @@ const requestOf = (chosen) => JSON.stringify(REQUEST.map((name) => chosen[name])
 
 function linkOf(chosen, digest) {
   const carried = new URLSearchParams(chosen);
-  carried.set("digest", digest);
+  if (digest) carried.set("digest", digest);
   carried.set("fingerprint", model.fingerprint);
   return `#${carried}`;
 }
@@ -139,7 +141,7 @@ class Column {
     this.where("");
     this.find(".findings").append(
       element("dt", { textContent: "Digest" }),
-      element("dd", { className: "mono digest", textContent: event.digest }),
+      element("dd", { className: "mono digest", textContent: event.digest ?? "needs https" }),
     );
     const title = event.tree.branches.length ? "Where the answers part" : "The answer";
     this.find(".tree").append(element("h3", { textContent: title }), ...this.node(event.tree, this.completions));
@@ -176,10 +178,11 @@ class Column {
 
 function table(tokens, chosen) {
   const head = element("tr", {});
-  for (const name of ["Token", "Logit", "Seen by"]) head.append(element("th", { scope: "col", textContent: name }));
+  for (const name of ["Token", HEADING, "Seen by"]) head.append(element("th", { scope: "col", textContent: name }));
   const rows = tokens.map((token) => {
     const row = element("tr", { className: token.id === chosen ? "chosen" : "" });
-    const piece = element("td", { title: `id ${token.id}` }, element("bdi", { textContent: JSON.stringify(token.piece) }));
+    const text = token.piece === "" ? "(the end)" : JSON.stringify(token.piece);
+    const piece = element("td", { title: `id ${token.id}` }, element("bdi", { textContent: text }));
     if (token.id === chosen) piece.append(" ← chosen");
     const values = element("td", { className: "mono" });
     const counts = element("td", { className: "mono" });
@@ -188,7 +191,7 @@ function table(tokens, chosen) {
       values.append(element("div", {}, `${logit.decimal} `, hex));
       counts.append(element("div", { textContent: logit.count }));
     }
-    if (!token.logits.length) values.append("not among the 64 largest");
+    if (!token.logits.length) values.append("not among the largest");
     row.append(piece, values, counts);
     return row;
   });
@@ -197,35 +200,16 @@ function table(tokens, chosen) {
 
 // A run.
 
-async function* eventsOf(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    rest += value;
-    const lines = rest.split("\n\n");
-    rest = lines.pop();
-    for (const line of lines) yield JSON.parse(line.slice("data: ".length));
-  }
-}
-
 async function run(chosen, signal) {
-  const response = await fetch("api/run", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(chosen),
-    signal,
-  });
-  if (!response.ok) throw new Error((await response.json()).error.message);
   const columns = {};
-  for (const id of Object.keys(NAMES)) columns[id] = new Column(id, chosen.completions);
   let batches = [];
   let ended = false;
-  for await (const event of eventsOf(response)) {
+  for await (const event of events(chosen, signal)) {
     const column = columns[event.column];
-    if (event.event === "start") batches = event.batches;
-    else if (event.event === "progress") column.progress(event, batches, chosen.max_tokens);
+    if (event.event === "start") {
+      batches = event.batches;
+      for (const name of COLUMNS) columns[name] = new Column(name, chosen.completions);
+    } else if (event.event === "progress") column.progress(event, batches, chosen.max_tokens);
     else if (event.event === "answers") column.count(event);
     else if (event.event === "column") {
       column.end(event);
@@ -234,12 +218,12 @@ async function run(chosen, signal) {
     else if (event.event === "end") ended = true;
   }
   if (!ended) throw new Error("the server went away before the end");
-  say(`Done. ${columns.plain.summary}. ${columns.jaxdet.summary}.`);
+  say(`Done. ${COLUMNS.map((name) => columns[name].summary).join(". ")}.`);
 }
 
 function judge(chosen, digest) {
   const request = requestOf(chosen);
-  const before = known.get(request);
+  const before = digest && known.get(request);
   const verdict = byId("verdict");
   if (before) {
     const same = before.digest === digest;
@@ -254,7 +238,7 @@ function judge(chosen, digest) {
     verdict.className = `verdict ${same ? "good" : "bad"}`;
   }
   verdict.hidden = !before;
-  known.set(request, before ?? { digest, who: "the run before", fingerprint: model.fingerprint });
+  if (digest && !before) known.set(request, { digest, who: "the run before", fingerprint: model.fingerprint });
   history.replaceState(null, "", linkOf(chosen, digest));
   byId("link").value = location.href;
   byId("share").hidden = false;
@@ -292,13 +276,23 @@ byId("copy").addEventListener("click", async () => {
   }
 });
 
+async function introduce() {
+  try {
+    model = await facts();
+    const { name, dtype, backend, numerics_version: numerics, fingerprint } = model;
+    const said = [name, dtype, backend && `backend ${backend}`, numerics && `numerics version ${numerics}`, fingerprint];
+    byId("facts").textContent = said.filter(Boolean).join(" · ");
+    if (byId("status").className === "bad") say("");
+  } catch (error) {
+    byId("key-field").hidden = !error.wantsKey;
+    say(error.message, true);
+  }
+}
+
+const alone = !COLUMNS.includes("plain");
+for (const part of document.querySelectorAll("[data-of-both]")) part.hidden = alone;
+for (const part of document.querySelectorAll("[data-of-server]")) part.hidden = !alone;
+form.elements.key.addEventListener("change", introduce);
 showLoad();
 readLink();
-try {
-  model = await (await fetch("api/model")).json();
-  byId("facts").textContent =
-    `${model.model} · ${model.dtype} · backend ${model.backend} · numerics version ${model.numerics_version} · ` +
-    model.fingerprint;
-} catch {
-  say("The server doesn't answer.", true);
-}
+introduce();
