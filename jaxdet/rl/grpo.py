@@ -148,7 +148,10 @@ class GRPO:
                 total=steps, initial=self.finished_steps, desc="GRPO", unit="step", disable=not use_tqdm
             ) as bar:
                 while self.finished_steps < steps:
-                    metrics = self.step([prompts[i] for i in self._order(len(prompts))])
+                    chosen = prompt_order(
+                        len(prompts), self.config.prompts_per_step, self.finished_steps, self.config.seed
+                    )
+                    metrics = self.step([prompts[i] for i in chosen])
                     history.append(metrics)
                     if log is not None:
                         log.write(metrics)
@@ -162,18 +165,6 @@ class GRPO:
             if log is not None:
                 log.close()
         return history
-
-    def _order(self, count: int) -> list[int]:
-        """Which prompts come next."""
-        first = self.finished_steps * self.config.prompts_per_step
-        passes = {}
-        chosen = []
-        for at in range(first, first + self.config.prompts_per_step):
-            number, place = divmod(at, count)
-            if number not in passes:
-                passes[number] = np.random.default_rng([self.config.seed, number]).permutation(count)
-            chosen.append(int(passes[number][place]))
-        return chosen
 
     def step(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Samples, compares, updates and refreshes the sampler's weights.
@@ -233,6 +224,16 @@ class GRPO:
             "train_seconds": time.perf_counter() - sampled - refresh_seconds,
             "refresh_seconds": refresh_seconds,
         }
+
+
+def prompt_order(count: int, per_step: int, step: int, seed: int) -> list[int]:
+    """Which of `count` prompts a step takes: all in one shuffled order, then all in another."""
+    chosen: list[int] = []
+    while len(chosen) < per_step:
+        number, place = divmod(step * per_step + len(chosen), count)
+        order = np.random.default_rng([seed, number]).permutation(count)
+        chosen += order[place : place + per_step - len(chosen)].tolist()
+    return chosen
 
 
 def objective(
