@@ -56,13 +56,13 @@ CONTRAST = """() => {
   const found = [];
   for (const e of document.body.querySelectorAll("*")) {
     const says = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || "value" in e;
-    if (!says || !e.checkVisibility()) continue;
+    if (!says || !e.checkVisibility() || e.getBoundingClientRect().width <= 1) continue;
     const [a, b] = [parse(getComputedStyle(e).color), behind(e)].map(light).sort((x, y) => y - x);
     found.push([(a + 0.05) / (b + 0.05), `${e.tagName} ${e.className} ${e.textContent.slice(0, 20)}`]);
   }
   return found;
 }"""
-"""The contrast of every text with what is behind it, as WCAG counts it."""
+"""The contrast of every text that is seen with what is behind it, as WCAG counts it."""
 
 
 def low_contrasts(page: Page) -> list[str]:

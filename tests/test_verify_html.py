@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from browser import browsing, low_contrasts
+from playwright.sync_api import sync_playwright
 
 from jaxdet.cli import main
 from jaxdet.verify import Case, Report
@@ -111,6 +113,20 @@ def test_the_page_needs_nothing_else(certified):
     loads = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href", "action", "style")]
     assert loads == ["data:,"]
     assert not re.search(r"url\(|@import|https?://", render_html(certified))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone(certified, tmp_path, scheme):
+    write_html(certified, tmp_path / "report.html")
+    phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme}
+    with sync_playwright() as playwright, browsing(playwright, **phone) as context:
+        (page,) = context.pages
+        page.goto((tmp_path / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert low_contrasts(page) == []
+        heat = page.locator(".heat td[title]")
+        assert heat.count() == 64 and heat.last.bounding_box()["width"] > 4
 
 
 def test_it_comes_whole_or_not_at_all(certified, tmp_path, monkeypatch):
