@@ -87,20 +87,27 @@ def workers() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_any_number_of_workers(job, alone, cluster, tmp_path, count):
+def test_any_number_of_workers(job, alone, cluster, tmp_path, monkeypatch, count):
     out = tmp_path / "out.jsonl"
-    done = run(job(alone[0], out, "--ray", cluster, "--workers", count))
+    monkeypatch.setenv("RAY_ADDRESS", cluster)  # as `ray job submit` has it
+    address = ("auto", cluster)[count - 1]
+    done = run(job(alone[0], out, "--ray", address, "--workers", count))
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
     assert len(done.stderr.splitlines()) <= 2, done.stderr  # Ray names its log level, we say what was done
     assert results(out) == alone[1:]
 
 
-@pytest.mark.parametrize("victim", ["worker", "command"])
+@pytest.mark.parametrize("victim", ["worker", "command", "Ctrl-C"])
 def test_killed(job, alone, cluster, tmp_path, victim):
     out = tmp_path / "out.jsonl"
     records = tmp_path / "out.jsonl.journal" / "records"
     command = job(alone[0], out, "--ray", cluster, "--workers", 2)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+    )
     while not records.exists() or records.stat().st_size < 1000:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -112,9 +119,11 @@ def test_killed(job, alone, cluster, tmp_path, victim):
         assert process.returncode == 3, said
         assert not first.is_running()
     else:
-        process.kill()
-        process.communicate()
-        assert not out.exists()
+        process.send_signal(signal.SIGINT if victim == "Ctrl-C" else signal.SIGKILL)
+        said = process.communicate()[1]
+        assert process.returncode == (130 if victim == "Ctrl-C" else -signal.SIGKILL), said
+        assert ("of 121 lines; the same command goes on from there" in said) == (victim == "Ctrl-C")
+        assert "Traceback" not in said and not out.exists()
         assert subprocess.run(job(alone[0], out), check=False).returncode == 3  # without the cluster
     assert results(out) == alone[1:]
 

@@ -58,7 +58,7 @@ def answer_on_ray(
     """Results of the lines that are missing, with their engines' fingerprints; see `run.Answers`.
 
     Args:
-        address: HOST:PORT of a cluster, or "auto": the one that this machine belongs to, or else a new one on it.
+        address: HOST:PORT of a cluster, or "auto": the one that this machine belongs to.
         workers: engines. Each has a GPU of its own if the cluster has any.
         llm: arguments of `LLM` that change no answer.
 
@@ -109,10 +109,10 @@ def answer_on_ray(
 def _connect(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends a run comes out as an exception, too
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "auto":
-        ray.init(include_dashboard=False, **quiet)
-    else:
+    # What is there may have died, or isn't Ray at all: one attempt, where Ray makes twenty of half a minute each.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", str(int(CONNECT_SECONDS)))
+    if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal():
             raise ValueError(f"ray={address!r} must be auto or HOST:PORT, as `ray start --head` prints it")
@@ -120,15 +120,13 @@ def _connect(address: str) -> None:
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         except OSError as error:
             raise ValueError(f"ray={address}: no cluster answers ({error}); see `ray status` there") from None
-        # Something that isn't Ray may listen there: one attempt, where Ray makes twenty of half a minute each.
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
-        os.environ.setdefault("RAY_py_gcs_connect_timeout_s", str(int(CONNECT_SECONDS)))
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise ValueError(
-                f"ray={address}: {error}; see `ray status` there (RAY_AUTH_MODE=token if it wants a token)"
-            ) from None
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ValueError(
+            f"ray={address}: {str(error).splitlines()[0]}; `ray start --head` starts a cluster, "
+            "and RAY_AUTH_MODE=token joins one that wants a token"
+        ) from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

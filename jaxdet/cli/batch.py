@@ -55,7 +55,7 @@ def batch(
     backend: Backend = None,
     ray: Annotated[
         str | None,
-        typer.Option(help="HOST:PORT of a Ray cluster, or auto: this machine's, or a new one on it."),
+        typer.Option(help="HOST:PORT of a Ray cluster, or auto: the one that this machine belongs to."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="With --ray: engines, one on each GPU.")] = 1,
 ) -> None:
