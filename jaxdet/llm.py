@@ -18,6 +18,7 @@ from jaxdet.checkpoints import Checkpoint, open_checkpoint
 from jaxdet.engine.compile_cache import use_compile_cache
 from jaxdet.engine.digest import weights_digest
 from jaxdet.engine.engine import NGRAM, Engine
+from jaxdet.engine.memory import out_of_memory
 from jaxdet.engine.sequence import Constraint
 from jaxdet.engine.sequence import Sequence as EngineSequence
 from jaxdet.engine.stats import EngineStats
@@ -163,7 +164,11 @@ class LLM:
             keep_logits=keep_logits,
         )
         if not on_cpu if compile_at_start is None else compile_at_start:
-            self.engine.compile_all(progress=True)
+            with out_of_memory(
+                f"a step of max_num_batched_tokens={max_num_batched_tokens} does not fit beside weights and KV cache; "
+                "lower max_num_batched_tokens, max_num_seqs or gpu_memory_utilization"
+            ):
+                self.engine.compile_all(progress=True)
         self._live: dict[EngineSequence, Request] = {}
 
     def generate(
@@ -551,7 +556,13 @@ class Request:
 def _load(checkpoint: Checkpoint, dtype: jnp.dtype, backend: str | None, max_model_len: int) -> DecoderLM:
     """The model of a checkpoint, on the device; a bar shows its tensors."""
     count, name = len(checkpoint.tensors), f"Loading {checkpoint.name}"
-    with tqdm(total=count, desc=name, unit="tensor", disable=None, leave=False) as bar:
+    with (
+        out_of_memory(
+            f"the weights of {checkpoint.name} do not fit in {jnp.dtype(dtype).name}; use a smaller model, a dtype of 16 bits, or "
+            "give JAX more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        ),
+        tqdm(total=count, desc=name, unit="tensor", disable=None, leave=False) as bar,
+    ):
         source = _Watched(checkpoint, bar)
         return build_model(
             source, checkpoint.config, dtype=dtype, backend=backend, max_model_len=max_model_len

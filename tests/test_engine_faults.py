@@ -21,10 +21,12 @@ from engine_runs import (
     tokens,
 )
 
+from jaxdet import LLM
 from jaxdet.engine import engine as engine_module
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.step import Step
 from jaxdet.sampling_params import SamplingParams
+from jaxdet.testing import write_tiny_model
 
 PROMPT = tokens(60, 200)
 ALIKE = Request(PROMPT, params(1, max_tokens=6))
@@ -235,6 +237,23 @@ def test_no_memory_at_the_start(model, monkeypatch):
     monkeypatch.setattr(Step, "new_cache", full)
     with pytest.raises(MemoryError, match=r"num_pages=33 does not fit.*gpu_memory_utilization") as caught:
         new_engine(model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "place, remedy",
+    [
+        ("jaxdet.llm.build_model", "weights of tiny do not fit in float32; use a smaller model"),
+        ("jaxdet.engine.engine.Engine.compile_all", "lower max_num_batched_tokens"),
+    ],
+)
+def test_no_memory_for_weights_or_a_step(place, remedy, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(MemoryError, match=remedy) as caught:
+        LLM(write_tiny_model(tmp_path / "tiny"), compile_at_start=True)
     assert "\n" not in str(caught.value)
 
 

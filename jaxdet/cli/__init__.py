@@ -28,7 +28,7 @@ def main() -> None:
     """Runs the command; what goes wrong is said in one line."""
     try:
         app()
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, MemoryError) as error:
         complain(error)
         sys.exit(1)
     except Exception as error:

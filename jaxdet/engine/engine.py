@@ -16,7 +16,7 @@ from jaxdet.engine import batch as arrays
 from jaxdet.engine.buckets import Bucket, Buckets
 from jaxdet.engine.drafting import Drafter, ModelDrafter, NgramDrafter
 from jaxdet.engine.kv_cache import PagePool
-from jaxdet.engine.memory import plan_pages
+from jaxdet.engine.memory import out_of_memory, plan_pages
 from jaxdet.engine.scheduler import Part, Plan, Scheduler
 from jaxdet.engine.sequence import Constraint, Sequence
 from jaxdet.engine.stats import Counters, EngineStats
@@ -112,16 +112,12 @@ class Engine:
             chunked=enable_chunked_prefill,
         )
         self._slots = max_num_seqs
-        try:
+        with out_of_memory(
+            f"the KV cache of num_pages={num_pages} does not fit beside the weights; lower num_pages or "
+            "gpu_memory_utilization, or give JAX more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        ):
             self._drafter = self._make_drafter(drafter)
             self._reset_device()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise MemoryError(
-                f"the KV cache of num_pages={num_pages} does not fit beside the weights; lower num_pages or "
-                "gpu_memory_utilization, or give JAX more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
-            ) from None
         self._ids = itertools.count()
         self._arrivals = itertools.count()
         self._flights: collections.deque[Flight] = collections.deque()

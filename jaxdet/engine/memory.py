@@ -1,4 +1,7 @@
-"""How many pages of KV cache fit beside the weights and what a step needs."""
+"""How many pages of KV cache fit beside the weights and what a step needs; what to do where something doesn't."""
+
+import contextlib
+from collections.abc import Iterator
 
 import jax
 
@@ -55,3 +58,14 @@ def plan_pages(
         # Programs know the number of pages. The memory that is free differs from start to start; found programs don't.
         pages -= pages % (1 << max(0, pages.bit_length() - SIGNIFICANT_BITS))
     return max(table, pages) + 1
+
+
+@contextlib.contextmanager
+def out_of_memory(message: str) -> Iterator[None]:
+    """Raises MemoryError(message) where the device has no memory left: what doesn't fit, and what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(message) from None
