@@ -558,8 +558,8 @@ def _load(checkpoint: Checkpoint, dtype: jnp.dtype, backend: str | None, max_mod
     count, name = len(checkpoint.tensors), f"Loading {checkpoint.name}"
     with (
         out_of_memory(
-            f"the weights of {checkpoint.name} do not fit in {jnp.dtype(dtype).name}; use a smaller model, a dtype of 16 bits, or "
-            "give JAX more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+            f"the weights of {checkpoint.name} do not fit in {jnp.dtype(dtype).name}; use a smaller model, a dtype of "
+            "16 bits, or give JAX more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
         ),
         tqdm(total=count, desc=name, unit="tensor", disable=None, leave=False) as bar,
     ):
