@@ -50,6 +50,7 @@ class Baseline:
         )
 
     def new_cache(self, batch: int) -> Cache:
+        """Zeroed keys and values for `batch` sequences of max_model_len tokens."""
         c = self.config
         shape = (batch, self.max_model_len, c.num_kv_heads, c.head_dim)
         return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(c.num_layers)]

@@ -129,9 +129,13 @@ class LLM:
                 "raise it or leave enable_chunked_prefill on"
             )
         self.name = checkpoint.name
+        """What the model is called: its folder's, file's or hub's name."""
         self.dtype = dtype
+        """Of weights and activations, by name."""
         self.max_model_len = max_model_len
+        """Tokens of prompt and output together."""
         self.tokenizer = checkpoint.tokenizer()
+        """Text to token ids and back, and the chat template."""
         network = _load(checkpoint, DTYPES[dtype], backend, max_model_len)
         certificates.say(self.name, network.backend, dtype)
         drafter = None

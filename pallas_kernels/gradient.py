@@ -42,6 +42,7 @@ class Trained:
 
 
 Weight = Array | Trained
+"""What an op takes as a weight."""
 
 
 @overload

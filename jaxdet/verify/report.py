@@ -29,9 +29,11 @@ class Case:
     promise: str
     """"I1" batch, "I2" path, "I3" place or "I4" run."""
     name: str
+    """What was varied."""
     compared: int = 0
     """Values (logits, log-probabilities, token ids) compared."""
     differing: int = 0
+    """Values of which any bit differs."""
     bits: list[int] = dataclasses.field(default_factory=lambda: [0] * 32)
     """How many of the float32 values differ in each bit; the lowest is first, the sign last."""
     note: str = ""
@@ -69,12 +71,15 @@ class Report:
     """Outcome of `verify`."""
 
     model: str
+    """The model's name."""
     digest: str
     """SHA-256 of the reference sequence's float32 logits."""
     cases: list[Case]
+    """Through jaxdet's engine and step."""
     control: list[Case]
     """The same through `jaxdet.baseline`."""
     environment: dict[str, Any]
+    """Device, backend, dtype, versions and settings that bits may depend on, and when it was seen."""
 
     @property
     def ok(self) -> bool:
