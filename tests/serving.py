@@ -54,8 +54,9 @@ class Server(Served):
 
     def __init__(self, llm: LLM, settings: Settings):
         self.llm = llm
-        config = uvicorn.Config(create_app(llm, settings), port=0, log_level="warning")
-        self._server = run.Server(config, settings.stall_timeout)
+        app = create_app(llm, settings)
+        config = uvicorn.Config(app, port=0, log_level="warning")
+        self._server = run.Server(config, app, patience=settings.stall_timeout, drain=60)
         self._thread = threading.Thread(target=self._server.run)
 
     def __enter__(self) -> "Server":

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -208,6 +209,41 @@ def test_settings(other, caplog):
         reply = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://example.com"})
         assert reply.headers["access-control-allow-origin"] == "http://example.com"
     assert "The sea is" in caplog.text
+
+
+def test_what_outlasts_the_drain_is_told_so(folder, tmp_path):
+    """An error in OpenAI's form, and no exception in the log; --max-num-seqs leaves one of the two waiting."""
+    options = (
+        "--served-model-name",
+        "tiny",
+        "--max-model-len",
+        "2048",
+        "--max-num-seqs",
+        "1",
+        "--drain",
+        "0",
+    )
+    long = COMPLETION | {"max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+    with Process(folder, tmp_path / "log", *options) as process:
+        stream = iter(process.client.completions.create(**long, stream=True))
+        next(stream)
+        told: list[openai.InternalServerError] = []
+
+        def wait() -> None:
+            with pytest.raises(openai.InternalServerError) as caught:
+                process.client.completions.create(**long)
+            told.append(caught.value)
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while process.metric("jaxdet_sequences_open") < 2:
+            time.sleep(0.01)
+        process.terminate()
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+        waiting.join()
+        assert told[0].status_code == 503 and "the server is stopping" in told[0].message
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_restart_and_drain(folder, llm, server, tmp_path):

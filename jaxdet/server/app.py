@@ -77,6 +77,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
     )
+    app.state.engine_loop = loop
     app.add_middleware(
         Limits, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes, metrics=metrics
     )

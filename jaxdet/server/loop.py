@@ -76,6 +76,7 @@ class EngineLoop:
         self.capacity = llm.engine.scheduler.max_num_seqs + max_waiting
         self.open_sequences = 0
         self.healthy = True
+        self._jobs: set[Job] = set()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[Request, _Live] = {}
         self._seen: dict[Request, float] = {}
@@ -116,6 +117,7 @@ class EngineLoop:
                 headers={"Retry-After": "1"},
             )
         self.open_sequences += job.size
+        self._jobs.add(job)
         late = f"the answer took more than {self._timeout:g} s; ask for fewer tokens or try again later"
         job.timer = self._asyncio.call_later(self._timeout, _deliver, [(job, ApiError(503, late))])
         job.accepted = self._asyncio.create_future()
@@ -132,7 +134,13 @@ class EngineLoop:
             job.closed = True
             job.timer.cancel()
             self.open_sequences -= job.size
+            self._jobs.remove(job)
             self._inbox.put(lambda: self._cancel(job))
+
+    def cut_off(self) -> None:
+        """Ends all open jobs with an error: the server stops."""
+        stopping = ApiError(503, "the server is stopping; try again", headers={"Retry-After": "1"})
+        _deliver([(job, stopping) for job in self._jobs])
 
     async def updates(self, job: Job) -> AsyncIterator[list[Update]]:
         """Everything that the job's prompts get, until all of them have ended.

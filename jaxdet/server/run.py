@@ -1,13 +1,18 @@
 """Runs the app in uvicorn until SIGINT or SIGTERM."""
 
+import asyncio
 import socket
 import sys
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
 
 from jaxdet.llm import LLM
 from jaxdet.server.app import Settings, create_app
+
+BACKSTOP_SECONDS = 5
+"""After a drain: for the last words to requests that were cut off."""
 
 
 class Server(uvicorn.Server):
@@ -15,18 +20,25 @@ class Server(uvicorn.Server):
 
     Args:
         config: of uvicorn.
+        app: the one that it runs, from `create_app`.
         patience: seconds until then.
+        drain: seconds that running requests have to end once the server was told to stop.
     """
 
-    def __init__(self, config: uvicorn.Config, patience: float):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, *, patience: float, drain: float):
         super().__init__(config)
-        self._patience = patience
+        self._app, self._patience, self._drain = app, patience, drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for server in self.servers:
             for listener in server.sockets:
                 lose_patience(listener, self._patience)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Uvicorn's own limit would cancel requests without an answer.
+        asyncio.get_running_loop().call_later(self._drain, self._app.state.engine_loop.cut_off)
+        await super().shutdown(sockets)
 
 
 def lose_patience(listener: socket.socket, seconds: float) -> None:
@@ -51,18 +63,19 @@ def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int
     """Serves until it is told to stop; then no connection is accepted and those that are open may end.
 
     Args:
-        drain: seconds that they have; what still runs after that is aborted.
+        drain: seconds that they have; what still runs after that gets an error.
     """
     ours = {"jaxdet.server": {"handlers": ["default"], "level": "INFO", "propagate": False}}
+    app = create_app(llm, settings)
     config = uvicorn.Config(
-        create_app(llm, settings),
+        app,
         host=host,
         port=port,
-        timeout_graceful_shutdown=drain,
+        timeout_graceful_shutdown=drain + BACKSTOP_SECONDS,
         server_header=False,
         log_config=LOGGING_CONFIG | {"loggers": LOGGING_CONFIG["loggers"] | ours},
     )
-    server = Server(config, settings.stall_timeout)
+    server = Server(config, app, patience=settings.stall_timeout, drain=drain)
     server.run()
     if not server.started:
         sys.exit(1)
