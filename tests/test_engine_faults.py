@@ -1,5 +1,6 @@
 """What goes wrong outside or inside a step leaves the engine whole and everybody else's bits as they were."""
 
+import itertools
 import sys
 import threading
 
@@ -24,6 +25,7 @@ from engine_runs import (
 from jaxdet import LLM
 from jaxdet.engine import engine as engine_module
 from jaxdet.engine.engine import Engine
+from jaxdet.engine.sequence import Sequence
 from jaxdet.engine.step import Step
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.testing import write_tiny_model
@@ -320,3 +322,39 @@ def test_nothing_compiles_after_the_start(model):
     stats = engine.stats()
     assert stats.drafted_tokens and stats.cached_tokens and stats.finished == 6 * 6 + 1
     assert stats.compiled_after_start == 0 and stats.compiled_programs == start.compiled_programs
+
+
+@pytest.mark.parametrize("done", ["nothing", "token", "token and count"])
+def test_an_interrupt_inside_a_token_changes_nothing(model, done, monkeypatch):
+    """Ctrl-C after its logprobs and before, between or after what else a token changes; the request's last one too."""
+    take = Sequence.append
+
+    def run(at):
+        calls, interrupts = itertools.count(), []
+
+        def half(sequence, token):
+            if next(calls) != at:
+                return take(sequence, token)
+            if "token" in done:
+                sequence.tokens.append(token)
+            if "count" in done:
+                sequence.counts[token] = sequence.counts.get(token, 0) + 1
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Sequence, "append", half)
+        engine = new_engine(model)
+        params = SamplingParams(seed=2, max_tokens=6, logprobs=2, frequency_penalty=0.5, ignore_eos=True)
+        (sequence,) = engine.add([5, 6, 7], params)
+        while engine.has_work:
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                interrupts.append(at)
+        return answer(sequence), interrupts
+
+    expected, none = run(None)
+    assert none == []
+    for at in (0, 2, 5):
+        found, interrupts = run(at)
+        assert interrupts == [at]
+        assert differing([[found]], [[expected]]) == 0
