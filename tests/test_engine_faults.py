@@ -343,7 +343,9 @@ def test_an_interrupt_inside_a_token_changes_nothing(model, done, monkeypatch):
 
         monkeypatch.setattr(Sequence, "append", half)
         engine = new_engine(model)
-        params = SamplingParams(seed=2, max_tokens=6, logprobs=2, frequency_penalty=0.5, ignore_eos=True)
+        params = SamplingParams(
+            temperature=0, max_tokens=6, logprobs=2, frequency_penalty=-2, ignore_eos=True
+        )
         (sequence,) = engine.add([5, 6, 7], params)
         while engine.has_work:
             try:
