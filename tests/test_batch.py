@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from batches import CHAT, SETTINGS, Run, differing, mixed, openai_line, read, texts, write
+from tqdm import tqdm
 
 from jaxdet.batch import output as output_files
 from jaxdet.batch import run as batch_run
@@ -196,6 +198,20 @@ def test_stopped_and_resumed(run, expected, stops):
     assert run().answered == run.results == 37 - done
     assert run.bytes == expected
     assert not run.llm.engine.has_work
+
+
+def test_the_bar_goes_on_where_it_was(run, monkeypatch, capsys):
+    monkeypatch.setattr(
+        batch_run, "tqdm", lambda **options: tqdm(**options | {"disable": False, "mininterval": 0})
+    )
+    with pytest.raises(Interrupted):
+        run(stop_after=20)
+    first = capsys.readouterr().err
+    assert "0/37 [" in first and "20/37 [" in first and "21/37 [" not in first
+    run()
+    second = capsys.readouterr().err
+    assert "20/37 [" in second and "37/37 [" in second and "19/37 [" not in second
+    assert re.search(r" [\d,]+ tokens/s\]", second)
 
 
 def test_a_torn_tail_is_forgotten(run, expected):
