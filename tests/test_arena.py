@@ -256,3 +256,22 @@ def test_one_run_at_a_time_and_what_fails_says_so(monkeypatch):
         last = events(first[0])[-1]
         assert last["event"] == "error" and "secret" not in last["message"]
         assert client.post("/api/run", json=RUN.model_dump()).status_code == 200
+
+
+def test_a_run_ends_when_the_server_is_told_to():
+    ended = []
+
+    class Endless:
+        def run(self, settings: Settings):
+            try:
+                while True:
+                    yield {"event": "progress"}
+            finally:
+                ended.append(True)
+
+    app = create_app(Endless(), host="127.0.0.1")
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        told = iter([False] * 3)
+        app.state.stopping = lambda: next(told, True)
+        found = events(client.post("/api/run", json=RUN.model_dump()))
+    assert len(found) == 4 and "stopping" in found[-1]["message"] and ended == [True]

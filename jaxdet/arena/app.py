@@ -1,8 +1,9 @@
 """The page and the runs behind it, over HTTP."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
 import anyio
@@ -33,10 +34,14 @@ def create_app(arena: Arena, *, host: str) -> FastAPI:
     Args:
         host: where it listens. On a loopback address it answers to no other name, so that no page of another site
             can reach it through a name of its own (DNS rebinding).
+
+    Returns:
+        An app; its `state.stopping` may be set to what says whether a run should end early.
     """
     app = FastAPI(title="jaxdet arena", docs_url=None, redoc_url=None, openapi_url=None)
     if host in LOOPBACK:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    app.state.stopping = lambda: False
     install_handlers(app)
     add_page(app, "arena.source.js")
     runs = _Runs(arena)
@@ -66,7 +71,7 @@ class _Runs:
         except BaseException:
             self._busy.release()
             raise
-        return _EventStream(events, self._busy)
+        return _EventStream(_until(http.app.state.stopping, events), self._busy)
 
 
 class _EventStream(StreamingResponse):
@@ -80,12 +85,21 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(RUN_SECONDS):
+            with anyio.move_on_after(RUN_SECONDS):
                 await super().__call__(scope, receive, send)
         finally:
             with anyio.CancelScope(shield=True):
                 await run_in_threadpool(self._events.close)
             self._busy.release()
+
+
+def _until(stopping: Callable[[], bool], events: Generator[Event]) -> Generator[Event]:
+    """The events, until the server is told to stop."""
+    with contextlib.closing(events):
+        for event in events:
+            if stopping():
+                raise ApiError(503, "the server is stopping; run again when it is back")
+            yield event
 
 
 async def _lines(events: Generator[Event]) -> AsyncIterator[str]:

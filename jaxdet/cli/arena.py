@@ -1,5 +1,6 @@
 """`jaxdet arena`."""
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -23,4 +24,7 @@ def arena(
     except ModuleNotFoundError as error:
         raise ValueError(f"arena needs {error.name}; pip install 'jaxdet[serve]'") from None
     app = create_app(Arena(model, dtype=dtype, backend=backend), host=host)
-    uvicorn.run(app, host=host, port=port, server_header=False, log_level="info")
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, server_header=False))
+    app.state.stopping = lambda: server.should_exit
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once everything has ended
+        server.run()
