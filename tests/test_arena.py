@@ -62,8 +62,8 @@ def test_the_engine_repeats_itself_and_plain_jax_does_not(greedy):
     for token in ours["tree"]["tokens"]:
         assert [logit["count"] for logit in token["logits"]] == [4]
     # The control: the same batches, the same count.
-    assert len(set(plain["bits"])) > 1 and plain["bits_differ_at"] == 1
-    assert len(plain["tree"]["tokens"][0]["logits"]) > 1
+    assert len(set(plain["bits"])) > 1 and plain["bits_differ_at"] is not None
+    assert any(len(token["logits"]) > 1 for token in plain["tree"]["tokens"])
     assert plain["digest"] != ours["digest"]
 
 
@@ -182,9 +182,8 @@ def test_run_over_http(client, greedy):
     found = events(client.post("/api/run", json=RUN.model_dump()))
     assert found[0]["event"] == "start" and found[-1] == {"event": "end"}
     results = {event["column"]: event for event in found if event["event"] == "column"}
-    assert {name: result["digest"] for name, result in results.items()} == {
-        name: result["digest"] for name, result in greedy.items()
-    }
+    assert results.keys() == greedy.keys()
+    assert results["jaxdet"]["digest"] == greedy["jaxdet"]["digest"] != results["plain"]["digest"]
 
 
 @pytest.mark.parametrize(
