@@ -252,6 +252,7 @@ def abuses() -> dict[str, bytes]:
         + b"k" * 40_000
         + b"\r\n\r\n",
         "no host": b"GET /health HTTP/1.1\r\n\r\n",
+        "a host with a path": b"GET / HTTP/1.1\r\nHost: x/y?z#[\r\nConnection: close\r\n\r\n",
         "two hosts": b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
         "a kind of odd letters": post(length + b"Content-Type: a/b; c=\xff\r\n"),
     }

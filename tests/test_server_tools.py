@@ -133,7 +133,7 @@ def test_grammars_allow_calls_and_nothing_else(form, token):
     """Walks at random through what the grammar allows: all that comes out is read as calls that fit their schemas."""
     tokenizer = byte_tokenizer()
     if token:
-        tokenizer.backend.add_special_tokens([form.begin])
+        tokenizer.backend.add_special_tokens([mark for mark in (form.begin, form.end) if mark])
     vocab = tokenizer.vocab_size
     start = JsonGrammars(tokenizer, vocab).start(grammar(form, SCHEMAS, tokenizer, several=True), "tools")
     rng, names, counts = random.Random(1), set(), set()
@@ -167,7 +167,7 @@ TEMPLATES = {
     "mistral": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}[TOOL_CALLS] [{{ tools }}",
 }
 TOOLS = [
-    {"type": "function", "function": {"name": name, "description": "…", "parameters": schema}}
+    {"type": "function", "function": {"name": name, "parameters": schema, "strict": True}}
     for name, schema in SCHEMAS.items()
 ]
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "tools": TOOLS, "max_tokens": 200}
@@ -223,6 +223,8 @@ def test_calls_can_be_required(server, family, choice):
     assert choice == "required" or name == "f2"
     assert sorted(json.loads(arguments)) == sorted(SCHEMAS[name]["required"])
     assert joined(ask(**asked, stream=True)) == answer
+    with server.client.chat.completions.stream(**asked) as stream:
+        assert whole(stream.get_final_completion()) == answer
     # Log-probabilities stay those of all tokens, whatever the text was taken for.
     found = ask(**asked, logprobs=True)
     assert len(found.choices[0].logprobs.content) == found.usage.completion_tokens
