@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ CONFIG = dict(prompts_per_step=4, group_size=4, max_tokens=9, updates_per_step=2
 STEPS = 4
 SECONDS = "sample_seconds", "train_seconds", "refresh_seconds"
 SCRIPT = Path(__file__)
+GUIDE = SCRIPT.parents[1] / "docs" / "rl.md"
 
 
 def share_of_digits(_, completion) -> float:
@@ -172,6 +174,18 @@ def test_refusals(runs):
         GRPOConfig(clip=0)
     with pytest.raises(ValueError, match=r"^reward gave .*; it must give finite numbers$"):
         runs.new(lambda *_: float("nan")).train(PROMPTS, 1, use_tqdm=False)
+
+
+@pytest.mark.slow
+def test_the_guide(tmp_path, monkeypatch):
+    """The loop of docs/rl.md, with a tiny model and two steps; and what it says about comparing."""
+    first, second, *_ = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    folder = write_tiny_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    exec(first.replace("smollm2-135m", str(folder)).replace("steps=200", "steps=2"), found := {})
+    assert [(m["step"], m["kl"]) for m in found["history"]] == [(0, 0.0), (1, 0.0)]
+    assert (tmp_path / "runs" / "addition" / "metrics.jsonl").exists()
+    exec(second, {})
 
 
 @pytest.mark.slow

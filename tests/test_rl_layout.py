@@ -10,8 +10,11 @@ from jaxdet.checkpoints import open_checkpoint
 from jaxdet.rl.layout import packed
 from jaxdet.testing import FAMILIES, write_tiny_model
 
+FAST = "llama", "gemma3_text"
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize("family", NAMES)
 def test_as_loaded(tmp_path, family):
     folder = write_tiny_model(tmp_path / "model", family)
     llm = LLM(folder, dtype="bfloat16", max_model_len=256, num_pages=3)

@@ -141,6 +141,11 @@ CASES = {
 }
 
 
+SLOW = {"gated_matmul, gelu", "attention, window", "attention, soft cap"}
+"""Variants of ops that the fast tier has."""
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+
+
 def _operands(case: Case) -> list[np.ndarray]:
     """Values that bfloat16 can hold."""
     rng = np.random.default_rng(0)
@@ -170,7 +175,7 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_float32_against_finite_differences(name):
     """Along a random direction of every operand; autodiff in float64 is held to the same differences."""
     case, step = CASES[name], 1e-6
@@ -195,7 +200,7 @@ def test_float32_against_finite_differences(name):
             assert _error(found * (1 + 2 * IN_FLOAT32), expected) > IN_FLOAT32, "it would see that much"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_beside_plain_jax(name):
     case = CASES[name]
     weight = _weight(case)

@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 
 class MetricsLog:
     """Appends to `metrics.jsonl` and to TensorBoard's events in a folder.
@@ -16,6 +14,8 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, step: int):
+        from tensorboardX import SummaryWriter  # a run without a folder needs none
+
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
