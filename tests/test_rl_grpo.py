@@ -161,6 +161,16 @@ def test_objective():
     np.testing.assert_array_equal(gradient[:50], -a[:50])
 
 
+def test_prompt_order():
+    """Every pass takes each prompt once, in an order of its own, also where a step spans passes."""
+    taken = [i for step in range(6) for i in grpo.prompt_order(8, 4, step, 3)]
+    passes = [taken[:8], taken[8:16], taken[16:]]
+    assert all(sorted(each) == list(range(8)) for each in passes)
+    assert len(set(map(tuple, passes))) == 3
+    assert grpo.prompt_order(3, 8, 0, 0) == [i for step in range(8) for i in grpo.prompt_order(3, 1, step, 0)]
+    assert grpo.prompt_order(8, 4, 0, 3) != grpo.prompt_order(8, 4, 0, 4)
+
+
 def test_advantages():
     rewards = np.array([0.0, 1.0, 1.0, 0.0])
     np.testing.assert_allclose(rollouts.advantages(rewards), [-1, 1, 1, -1], rtol=1e-5)
