@@ -103,13 +103,14 @@ def test_forms_are_known_by_their_templates():
     assert form_of("<tool_call>\n{'name': <function-name>}\n</tool_call>") is HERMES
     assert form_of("<tool_call>[{...}]</tool_call>") is SMOLLM
     assert form_of("{{ ' [TOOL_CALLS] [' }}") is MISTRAL
-    assert form_of("""Respond in the format {"name": function name, "parameters": ...}""") is LLAMA
+    assert form_of(f"Respond in the format {ASKS}.") is LLAMA
     assert form_of("{{ '<|python_tag|>' }}") is LLAMA
     for other in (
         "{{ m.content }}",
         "<tool_call>\n<function=f>",
         "[TOOL_CALLS]f[ARGS]{}",
         "<tool_call>f<arg_key>",
+        '"parameters": {{ tool.parameters }}',
     ):
         assert form_of(other) is None
 
@@ -159,11 +160,12 @@ def test_grammars_allow_calls_and_nothing_else(form, token):
     assert names == {"f", "f2"} and (form is LLAMA or len(counts) > 1)
 
 
+ASKS = '{"name": function name, "parameters": dictionary of argument name and its value}'
 TEMPLATES = {
     "hermes": "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}<tool_call>\n"
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{{ tools | tojson }}",
-    "llama": '{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{"name": f, "parameters": x}{{ tools }}',
+    "llama": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}" + ASKS + "{{ tools }}",
     "mistral": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}[TOOL_CALLS] [{{ tools }}",
 }
 TOOLS = [

@@ -39,6 +39,8 @@ HERMES = ToolForm("<tool_call>", "</tool_call>", gap="\n")
 SMOLLM = ToolForm("<tool_call>", "</tool_call>", listed=True)
 MISTRAL = ToolForm("[TOOL_CALLS]", listed=True)
 LLAMA = ToolForm("<|python_tag|>", bare=True, arguments="parameters")
+LLAMA_ASKS = '{"name": function name, "parameters": dictionary of argument name and its value}'
+"""From Llama 3's templates, of which some don't have the tag."""
 
 
 def form_of(template: str) -> ToolForm | None:
@@ -50,7 +52,7 @@ def form_of(template: str) -> ToolForm | None:
         if "<function=" in template or "<arg_key>" in template:
             return None
         return SMOLLM if "<tool_call>[" in template else HERMES
-    return LLAMA if "<|python_tag|>" in template or '"parameters": ' in template else None
+    return LLAMA if "<|python_tag|>" in template or LLAMA_ASKS in template else None
 
 
 def grammar(
