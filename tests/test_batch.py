@@ -389,6 +389,15 @@ def test_parquet(llm, run, source, expected, tmp_path):
     assert "".join(f"{answer}\n" for answer in answers).encode() == expected[0]
 
 
+def test_a_table_with_text_that_is_no_utf8(llm, tmp_path):
+    prompts = pa.array([b"good", b"b\xffd", b"good"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in.parquet")
+    run = Run(llm, tmp_path / "in.parquet", tmp_path)
+    assert (run().failed, [a["line"] for a in read(run.output)]) == (1, [1, 3])
+    (error,) = read(run.errors)
+    assert error["line"] == 2 and "no UTF-8 (byte 2)" in error["error"]["message"]
+
+
 def test_row_groups_are_bounded(run, monkeypatch):
     run.output = run.output.with_suffix(".parquet")
     monkeypatch.setattr(output_files, "GROUP_ROWS", 10)
@@ -452,11 +461,18 @@ def test_command(command, folder, llm, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(llm)
 
+    def interrupted_at_the_end(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(LLM, "step", interrupted)
         code, said = command(run.source, out, *options)
     assert code == 130 and said.count("\n") == 1
     assert "of 6 lines; the same command goes on from there" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_run, "publish", interrupted_at_the_end)
+        code, said = command(run.source, out, *options)
+    assert code == 130 and "stopped; the same command goes on from there" in said
     code, said = command(run.source, out, *options)
     assert code == 3
     assert f"5 answers in {out}, 1 errors in {tmp_path / 'out.errors.jsonl'}" in said

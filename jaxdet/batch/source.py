@@ -131,8 +131,13 @@ class ParquetRows:
         with pq.ParquetFile(self._path) as file:
             number = part.first
             for batch in file.iter_batches(SLICE_LINES, row_groups=[part.position]):
-                for row in batch.to_pylist():
-                    yield Line(number, json.dumps(_without_nulls(row), ensure_ascii=False).encode())
+                for place in range(batch.num_rows):
+                    try:
+                        (row,) = batch.slice(place, 1).to_pylist()
+                        data = json.dumps(_without_nulls(row), ensure_ascii=False).encode()
+                    except UnicodeDecodeError as error:  # text that isn't: the line's own error
+                        data = bytes(error.object)
+                    yield Line(number, data)
                     number += 1
 
 

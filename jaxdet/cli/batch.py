@@ -9,7 +9,7 @@ import typer
 
 from jaxdet.batch.local import answer_here
 from jaxdet.batch.request import Result
-from jaxdet.batch.run import Interrupted, RunError, Settings, Summary, run_batch
+from jaxdet.batch.run import RunError, Settings, Summary, run_batch
 from jaxdet.cli.messages import complain
 from jaxdet.cli.options import (
     DEMO_MODEL,
@@ -83,8 +83,8 @@ def batch(
     errors = errors or output.with_suffix(".errors.jsonl")
     try:
         found = run_batch(source, output, errors, settings, answers, overwrite=overwrite)
-    except Interrupted as stop:
-        complain(str(stop))
+    except KeyboardInterrupt as stop:
+        complain(str(stop) or "stopped; the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     except RunError as error:
         complain(error)
