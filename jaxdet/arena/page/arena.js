@@ -1,6 +1,6 @@
 // The page of `jaxdet arena` and `jaxdet serve`. What a model says is only ever set as text, never as HTML.
 
-import { COLUMNS, HEADING, events, facts } from "./source.js";
+import { COLUMNS, HEADING, VALUES, events, facts } from "./source.js";
 
 const byId = (id) => document.getElementById(id);
 const form = byId("settings");
@@ -125,7 +125,7 @@ class Column {
     }
     const findings = [
       ["Completions", `${event.outputs.length} of ${this.completions}`],
-      ["Bits first differ", event.bits_differ_at === null ? "nowhere" : `in the logits of token ${event.bits_differ_at}`],
+      ["Bits first differ", event.bits_differ_at === null ? "nowhere" : `in the ${VALUES} of token ${event.bits_differ_at}`],
       ["Texts first differ", event.diverges_at === null ? "nowhere" : `in token ${event.diverges_at}`],
     ];
     this.find(".findings").replaceChildren(
@@ -158,7 +158,7 @@ class Column {
     const parts = [];
     if (node.text) parts.push(element("p", { className: "said" }, element("bdi", { textContent: node.text })));
     if (node.tokens.length) {
-      const caption = `${plural(node.tokens.length, "token")}, ${plural(count, "completion")}: logits to the last bit`;
+      const caption = `${plural(node.tokens.length, "token")}, ${plural(count, "completion")}: ${VALUES} to the last bit`;
       parts.push(element("details", {}, element("summary", { textContent: caption }), table(node.tokens)));
     }
     if (node.branches.length) {

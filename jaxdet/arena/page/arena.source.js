@@ -2,6 +2,7 @@
 
 export const COLUMNS = ["plain", "jaxdet"];
 export const HEADING = "Logit";
+export const VALUES = "logits";
 
 export async function facts() {
   const { model, ...others } = await (await fetch("api/model")).json();

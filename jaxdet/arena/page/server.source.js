@@ -3,6 +3,7 @@
 
 export const COLUMNS = ["jaxdet"];
 export const HEADING = "Log-probability";
+export const VALUES = "log-probabilities";
 const SIZES = 6;
 const TOP = 20;
 
