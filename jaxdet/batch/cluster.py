@@ -111,7 +111,6 @@ def _connect(address: str) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends a run comes out as an exception, too
     # What is there may have died, or isn't Ray at all: one attempt, where Ray makes twenty of half a minute each.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
-    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", str(int(CONNECT_SECONDS)))
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal():
