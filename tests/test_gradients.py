@@ -166,7 +166,7 @@ def test_micro_batches_never_matter(family, dtype):
         total = GradientSums.zeros(params)
         left = iter(sequences)
         for micro, where in pack([ids for ids, _ in sequences], size):
-            weights = np.zeros(size, np.float32)
+            weights = np.zeros(micro.targets.shape, np.float32)
             for rows in where:
                 weights[rows] = next(left)[1]
             total = step(params, total, micro, weights)
@@ -216,3 +216,21 @@ def test_the_trainer_sees_the_samplers_logprobs(tmp_path, dtype):
                 moved += np.count_nonzero(wrong[rows][len(prompt) - 1 : -1] != found)
     assert compared == 2 * 8 * 40
     assert moved > 0, "the comparison would see other weights"
+
+
+@pytest.mark.parametrize(
+    "lengths, limit, sizes",
+    [
+        ([3], 1024, [64]),
+        ([64, 65], 1024, [256]),
+        ([64, 65], 192, [192]),
+        ([700], 1000, [1024]),
+        ([500, 500, 20], 1024, [1024, 64]),
+        ([10, 10], 64, [64, 64]),
+    ],
+)
+def test_a_micro_batch_is_no_longer_than_it_must_be(lengths, limit, sizes):
+    packed = pack([list(range(n)) for n in lengths], limit)
+    assert [len(micro.targets) for micro, _ in packed] == sizes
+    assert [rows.stop - rows.start for _, where in packed for rows in where] == lengths
+    assert sum(int(micro.scored.sum()) for micro, _ in packed) == sum(lengths) - len(lengths)

@@ -53,7 +53,7 @@ class GRPOConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     micro_batch_tokens: int = 4096
-    """Tokens, padding included, of one forward and backward pass; changes memory and speed, and no bit."""
+    """Most tokens, padding included, of one forward and backward pass; changes memory and speed, and no bit."""
     remat: bool = False
     """Compute activations again in the backward pass: less memory, more time, the same bits."""
 

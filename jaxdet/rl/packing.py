@@ -1,4 +1,4 @@
-"""Sequences of any length, packed into micro-batches of one shape."""
+"""Sequences of any length, packed into micro-batches of few shapes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,10 +38,11 @@ def pack(sequences: Sequence[Sequence[int]], micro_batch_tokens: int) -> list[tu
 
     Args:
         sequences: token ids, at least one each.
-        micro_batch_tokens: T, rounded up to a multiple of GRADIENT_ROWS; the longest sequence must fit.
+        micro_batch_tokens: the largest T, rounded up to a multiple of GRADIENT_ROWS; the longest sequence must fit.
 
     Returns:
-        The micro-batches, all of one shape (so that one program runs them all), and where each sequence's tokens are.
+        The micro-batches, and where each sequence's tokens are. T is halved as long as a micro-batch still fits, so few
+        programs run them all, and few sequences cost little.
 
     Raises:
         ValueError: a sequence is empty or doesn't fit.
@@ -64,12 +65,14 @@ def pack(sequences: Sequence[Sequence[int]], micro_batch_tokens: int) -> list[tu
 
 
 def _micro_batch(sequences: list[Sequence[int]], size: int) -> tuple[MicroBatch, list[slice]]:
+    lengths = [round_up(len(s), GRADIENT_ROWS) for s in sequences]
+    while size % (2 * GRADIENT_ROWS) == 0 and 2 * sum(lengths) <= size:
+        size //= 2
     tokens, targets, positions, slots = (np.zeros(size, np.int32) for _ in range(4))
     scored = np.zeros(size, bool)
     most = size // GRADIENT_ROWS
     tables = np.zeros((most, -(-size // PAGE_SIZE)), np.int32)
     query_start, seq_lens = np.full(most + 1, size, np.int32), np.zeros(most, np.int32)
-    lengths = [round_up(len(s), GRADIENT_ROWS) for s in sequences]
     if rest := size - sum(lengths):
         lengths.append(rest)
     start, page, where = 0, 1, []
