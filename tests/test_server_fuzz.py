@@ -258,7 +258,7 @@ def abuses() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_abuses_of_http(server, rounds):
     host, port = server.url.removeprefix("http://").split(":")
     statuses: collections.Counter[int] = collections.Counter()
