@@ -22,6 +22,7 @@ class JsonGrammars:
         self._tokenizer = LLTokenizer(
             tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(tokenizer.eos_token_ids)
         )
+        self._words = -(-vocab_size // 32)
 
     def compile(self, schema: Mapping[str, Any]) -> "JsonConstraint":
         """A constraint at the beginning of an answer that follows `schema`, without white space between its parts.
@@ -50,21 +51,22 @@ class JsonGrammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _refusal(what, matcher.get_error())
-        return JsonConstraint(matcher)
+        return JsonConstraint(matcher, self._words)
 
 
 class JsonConstraint:
     """Where one answer stands in its grammar; implements `jaxdet.engine.sequence.Constraint`."""
 
-    def __init__(self, matcher: LLMatcher):
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, words: int):
+        self._matcher, self._words = matcher, words
 
     def allowed(self, guesses: list[int]) -> np.ndarray:
         matcher = self._matcher
         if guesses:
             matcher = matcher.deep_copy()
             matcher.consume_tokens(guesses)
-        found = np.frombuffer(matcher.compute_bitmask(), np.uint32)
+        # llguidance gives a word too many where the vocabulary is a multiple of 32.
+        found = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: self._words]
         # After a failure llguidance allows the end, which would pass a broken answer off as a whole one.
         return np.zeros_like(found) if matcher.is_error() else found
 
@@ -72,7 +74,7 @@ class JsonConstraint:
         self._matcher.consume_token(token)
 
     def copy(self) -> Self:
-        return type(self)(self._matcher.deep_copy())
+        return type(self)(self._matcher.deep_copy(), self._words)
 
 
 def _refusal(what: str, reason: str) -> ValueError:
