@@ -61,6 +61,18 @@ def check_generate(found: dict) -> None:
     assert found["unique_of_four_samples"] == 4  # the control: other seeds and samples have other digests
 
 
+def check_true_on_policy_rl(found: dict) -> None:
+    assert found["differing"]["jaxdet"] == 0
+    assert found["compared"]["jaxdet"] > 200
+    assert set(found["kl"]) == {0.0}
+    assert found["reward"][1] > 0.8 > 0.3 > found["reward"][0]
+    once, small, other = found["digests"]
+    assert once == small
+    # The controls: plain JAX, counted in the same way, and another seed.
+    assert found["differing"]["plain JAX"] > 0
+    assert other != once
+
+
 def check_batch_inference(found: dict) -> None:
     assert found["answers"] == 24
     assert found["resumed"] == 14
@@ -77,6 +89,7 @@ def check_batch_inference(found: dict) -> None:
 CHECKS = {
     "01_defeating_nondeterminism.ipynb": check_defeating_nondeterminism,
     "02_generate.ipynb": check_generate,
+    "03_true_on_policy_rl.ipynb": check_true_on_policy_rl,
     "04_batch_inference.ipynb": check_batch_inference,
 }
 
