@@ -324,7 +324,7 @@ def test_a_conversation_with_calls(server, monkeypatch, writes):
             "tools can't be followed",
         ),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_what_cannot_be_called(server, monkeypatch, change, says):
     monkeypatch.setattr(server.llm.tokenizer, "chat_template", TEMPLATES["hermes"])
