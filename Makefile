@@ -37,7 +37,7 @@ test: check $(LIBTPU)/.ready
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test-slow: setup $(LIBTPU)/.ready
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 bench: setup
 	$(BIN)/python benchmarks/generate.py

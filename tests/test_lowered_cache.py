@@ -12,6 +12,7 @@ from jaxdet.testing import random_model
 
 TINY = {
     "model_type": "qwen3",
+    "num_hidden_layers": 1,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 4,
@@ -21,10 +22,9 @@ TINY = {
 }
 
 
-def answers(layers=1):
+def answers():
     """Tokens and log-probabilities of a new engine."""
-    config = TINY | {"num_hidden_layers": layers}
-    model = random_model(config, dtype=jnp.float32, backend="xla", max_model_len=128)
+    model = random_model(TINY, dtype=jnp.float32, backend="xla", max_model_len=128)
     engine = Engine(model, salt="", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=32, num_pages=8)
     params = SamplingParams(max_tokens=4, seed=3, logprobs=2, prompt_logprobs=1)
     (sequence,) = engine.add([5, 17, 40], params)
@@ -51,8 +51,6 @@ def test_the_second_engine_finds_what_the_first_one_lowered(folder, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(lowered_cache.export, "export", no_export)
         second = answers()
-        with pytest.raises(AssertionError, match="lowered again"):  # another model's programs are others
-            answers(layers=2)
     monkeypatch.setattr(lowered_cache, "folder", lambda backend: None)
     plain = answers()
     assert {path.name for path in folder.iterdir()} == names

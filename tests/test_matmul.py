@@ -26,7 +26,7 @@ ROWS = (1, 2, 3, 8, 33, 47, 50, 64, 65, 128, 257, 1024)
 POISON = (np.nan, np.inf, -np.inf, 1e30)
 
 
-@pytest.fixture(params=["default", "row_tiles", "gpu_row_tiles"])
+@pytest.fixture(params=["default", "row_tiles", pytest.param("gpu_row_tiles", marks=pytest.mark.slow)])
 def path(request, monkeypatch):
     """How this machine serves products, and the paths of machines without proven row freedom."""
     if request.param != "default":
