@@ -47,7 +47,8 @@ def test_control_one_weight_bit():
     right = soak.run(engines().new(), jobs)
     step = copy.copy(engines().step)
     leaves, tree = jax.tree.flatten(step.state)
-    place = next(i for i, x in enumerate(leaves) if x.ndim == 4)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.state)]
+    place = next(i for i, name in enumerate(names) if "qkv" in name and leaves[i].ndim > 1)
     flipped = jax.lax.bitcast_convert_type(leaves[place], jnp.uint32) ^ 1
     leaves[place] = jax.lax.bitcast_convert_type(flipped, jnp.float32)
     step.state = jax.tree.unflatten(tree, leaves)

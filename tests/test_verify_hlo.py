@@ -18,6 +18,7 @@ from jaxdet.sampling_params import SamplingParams
 from jaxdet.testing import COMMON, FAMILIES, random_model, write_tiny_model
 from jaxdet.verify.hlo import Report, copies, dots, lint, lint_step
 from jaxdet.verify.hlo_module import Program
+from pallas_kernels.backend import rows_are_free
 from pallas_kernels.reduce import pin
 
 PAGES = 64
@@ -138,6 +139,10 @@ def assert_names(report: Report, why: str) -> None:
 @pytest.mark.parametrize("name", PLANTS)
 def test_names_what_is_planted(name):
     plant, why = PLANTS[name]
+    if name == "precise dot" and not rows_are_free():
+        pytest.skip(
+            "where every dot has fixed rows, it is compared with other programs' dots: see the test of those"
+        )
     assert_names(lint(compiled("llama", ["decode 8"], plant=plant, num_hidden_layers=1), "xla"), why)
 
 
@@ -280,4 +285,4 @@ def test_the_command_lints_what_it_compiles(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 1 and "leave out --json or --hlo" in capsys.readouterr().err
+    assert ended.value.code == 1 and "leave them out, or --hlo" in capsys.readouterr().err
