@@ -1,9 +1,11 @@
 """Tiny models in engines that share compiled programs, requests of many kinds, and what must not change by a bit."""
 
+import copy
 import functools
 import tempfile
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,6 +54,18 @@ def compiled(model) -> Step:
 @functools.cache
 def _programs(config, dtype) -> dict:
     return {}
+
+
+def with_flipped_weight(step: Step) -> Step:
+    """A twin whose first weight matrix has the other lowest bits; for negative controls, in float32."""
+    step = copy.copy(step)
+    leaves, tree = jax.tree.flatten(step.state)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.state)]
+    place = next(i for i, name in enumerate(names) if "qkv" in name and leaves[i].ndim > 1)
+    flipped = jax.lax.bitcast_convert_type(leaves[place], jnp.uint32) ^ 1
+    leaves[place] = jax.lax.bitcast_convert_type(flipped, jnp.float32)
+    step.state = jax.tree.unflatten(tree, leaves)
+    return step
 
 
 def new_engine(model, **changes) -> Engine:

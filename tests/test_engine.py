@@ -25,6 +25,7 @@ from engine_runs import (
     params,
     run,
     tokens,
+    with_flipped_weight,
 )
 
 import pallas_kernels.matmul.xla as matmul_xla
@@ -327,13 +328,7 @@ def test_prefix_hash_has_the_weights(model):
 def test_control_one_weight_bit(model):
     """Negative control: the comparison sees the lowest bits of one weight matrix change."""
     engine = new_engine(model)
-    step = copy.copy(compiled(model))
-    leaves, tree = jax.tree.flatten(step.state)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.state)]
-    place = next(i for i, name in enumerate(names) if "qkv" in name and leaves[i].ndim > 1)
-    flipped = jax.lax.bitcast_convert_type(leaves[place], jnp.uint32) ^ 1
-    leaves[place] = jax.lax.bitcast_convert_type(flipped, jnp.float32)
-    step.state = jax.tree.unflatten(tree, leaves)
+    step = with_flipped_weight(compiled(model))
     engine.step_fn = step
     assert differing([run(engine, [REQUESTS[4]])[0]], alone(model, [4])) > 0
 

@@ -1,14 +1,12 @@
 """Hundreds of random requests under pressure, every one equal in all bits to itself alone; 1000 that must be one."""
 
-import copy
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import soak
-from engine_runs import compiled, model_of
+from engine_runs import compiled, model_of, with_flipped_weight
 
 from jaxdet import LLM, SamplingParams
 from jaxdet.baseline import Baseline
@@ -45,13 +43,7 @@ def test_control_one_weight_bit():
     """Negative control: with the lowest bits of one weight matrix flipped, the soak's comparison sees it."""
     jobs = soak.traffic(12, seed=5, max_len=512, poison=POISON, rate=1.0)
     right = soak.run(engines().new(), jobs)
-    step = copy.copy(engines().step)
-    leaves, tree = jax.tree.flatten(step.state)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(step.state)]
-    place = next(i for i, name in enumerate(names) if "qkv" in name and leaves[i].ndim > 1)
-    flipped = jax.lax.bitcast_convert_type(leaves[place], jnp.uint32) ^ 1
-    leaves[place] = jax.lax.bitcast_convert_type(flipped, jnp.float32)
-    step.state = jax.tree.unflatten(tree, leaves)
+    step = with_flipped_weight(engines().step)
     engine = engines().new()
     engine.step_fn = step
     assert soak.differing(right, right)[1] == 0 < soak.differing(soak.run(engine, jobs), right)[1]

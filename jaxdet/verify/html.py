@@ -25,22 +25,17 @@ def render_html(report: Report) -> str:
     )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     control = {(case.promise, case.name): case for case in report.control}
+    rows = [(case, control.get((case.promise, case.name))) for case in report.cases]
     return environment.from_string(source).render(
         report=report,
         promises=PROMISES,
-        rows=[(case, control.get((case.promise, case.name))) for case in report.cases],
+        rows=rows,
         values=sum(case.compared for case in report.cases),
         failed=sum(case.differing > 0 or case.compared == 0 for case in report.cases),
-        heat=[
-            (case.name, _heat(ours), _heat(case)) for case in report.control for ours in _same(report, case)
-        ],
+        heat=[(case.name, _heat(case), _heat(plain)) for case, plain in rows if plain],
         shades=SHADES,
         facts=_flat(report.environment),
     )
-
-
-def _same(report: Report, control: Case) -> list[Case]:
-    return [case for case in report.cases if (case.promise, case.name) == (control.promise, control.name)]
 
 
 def _heat(case: Case) -> list[tuple[int, float, int]]:
