@@ -33,8 +33,7 @@ class Weights:
 
     def vector(self, *names: str, offset: float = 0.0) -> jax.Array:
         """One-dimensional tensors, joined, in float32; `offset` is added (Gemma's norms store w − 1)."""
-        parts = [self._cast(name, np.float32) for name in names]
-        return jnp.asarray(np.concatenate(parts) + np.float32(offset))
+        return jnp.asarray(np.concatenate([self._vector(name, offset) for name in names]))
 
     def matrix(self, *names: str) -> jax.Array:
         """[out, in] tensors, stacked along out, packed for `matmul`."""
@@ -43,6 +42,12 @@ class Weights:
     def gated(self, gate: str, up: str) -> jax.Array:
         """A gate and an up projection, packed for `gated_matmul`."""
         return jnp.asarray(matmul_op.pack_gated(self._matrix(gate), self._matrix(up), self.backend))
+
+    def _vector(self, name: str, offset: float) -> np.ndarray:
+        value = self._read(name)
+        if value.dtype != np.float64:  # which is rounded once, offset included: see `origins`
+            value = value.astype(np.float32, copy=False)
+        return cast(self.prefix + name, value + offset, np.float32)
 
     def _matrix(self, *names: str) -> np.ndarray:
         parts = [self._cast(name, self.dtype) for name in names]

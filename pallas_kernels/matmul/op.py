@@ -46,6 +46,13 @@ def unpack(
     return registry.load("matmul", backend).unpack(packed, k, n)
 
 
+def unpack_gated(
+    packed: Num[HostOrDevice, "..."], k: int, n: int, backend: str | None = None
+) -> tuple[Num[HostOrDevice, "K F"], Num[HostOrDevice, "K F"]]:
+    """The inverse of `pack_gated`: (gate, up), each [k, n]; see `unpack`."""
+    return registry.load("matmul", backend).unpack_gated(packed, k, n)
+
+
 def take_columns(
     packed: Num[Array, "..."] | Trained, ids: Int[HostOrDevice, " T"], k: int, backend: str | None = None
 ) -> Num[Array, "T K"]:
