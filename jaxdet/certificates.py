@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxdet.checkpoints.demo import cache_dir
+from jaxdet.files import write_whole
 from pallas_kernels.backend import platform_key
 from pallas_kernels.numerics import NUMERICS_VERSION
 
@@ -20,7 +21,8 @@ def keep(model: str, backend: str, dtype: str, *, compared: int, differing: int)
     path = _path(model, backend, dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"model": model, "compared": compared, "differing": differing}) + "\n")
+        note = {"model": model, "compared": compared, "differing": differing}
+        write_whole(path, json.dumps(note) + "\n")
     except OSError:
         return
 

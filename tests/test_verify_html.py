@@ -134,7 +134,7 @@ def test_it_comes_whole_or_not_at_all(certified, tmp_path, monkeypatch):
     write_html(certified, path)
     before = path.read_text(encoding="utf-8")
     assert before == render_html(certified) and list(tmp_path.iterdir()) == [path]
-    monkeypatch.setattr("pathlib.Path.write_text", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_html(certified, path)
     assert path.read_text(encoding="utf-8") == before

@@ -5,10 +5,9 @@ thirty buckets would spend minutes on it at every start. What is kept is StableH
 still compiles it, or finds it compiled in its own cache.
 """
 
+import contextlib
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jax import export
 
 import jaxdet.models
 import pallas_kernels
+from jaxdet.files import write_whole
 from jaxdet.models.layers import Batch
 from pallas_kernels.backend import platform_key
 from pallas_kernels.sample.op import Adjustments, SamplingRows
@@ -70,7 +70,9 @@ def lower(
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
         traced = jit(functools.partial(function, **static))
         exported = export.export(traced, disabled_checks=checks)(*args)
-        _write(path, bytes(exported.serialize()))
+        with contextlib.suppress(OSError):  # a full disk or a read-only folder
+            kept_in.mkdir(parents=True, exist_ok=True)
+            write_whole(path, bytes(exported.serialize()))
     return jit(exported.call).lower(*args)
 
 
@@ -101,14 +103,3 @@ def _read(path: Path) -> export.Exported | None:
         Exception
     ):  # no file, a damaged one, or one that this JAX doesn't read: lowered again, and replaced
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, also beside other processes that write the same."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
-    except OSError:  # a full disk or a read-only folder
-        return

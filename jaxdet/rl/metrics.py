@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxdet.files import write_whole
+
 
 class MetricsLog:
     """Appends to `metrics.jsonl` and to TensorBoard's events in a folder.
@@ -19,9 +21,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.replace(path)
+        write_whole(path, "".join(kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 

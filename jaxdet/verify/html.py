@@ -7,7 +7,8 @@ from typing import Any
 
 import jinja2
 
-from jaxdet.verify.report import PROMISES, Case, Report, write_whole
+from jaxdet.files import write_whole
+from jaxdet.verify.report import PROMISES, Case, Report
 
 SHADES = 6
 """Colours of the heat map; each but the first stands for ten times the share of the one before."""

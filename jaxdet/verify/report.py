@@ -16,6 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxdet.files import write_whole
 from pallas_kernels.backend import platform_key
 from pallas_kernels.numerics import NUMERICS_VERSION
 
@@ -131,13 +132,6 @@ class Report:
             else Text(f"NOT deterministic: {bad} of {len(self.cases)} cases failed", style="bold red")
         )
         return Group(table, *notes, verdict)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file, or nothing of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def environment(backend: str, dtype: str) -> dict[str, Any]:
