@@ -69,10 +69,26 @@ def require_hopper(op: str) -> None:
         )
 
 
-def kernel_in_place(body, *, kernel_name, out_type, grid, grid_names):
-    """`plgpu.kernel` of one warpgroup a CTA whose inputs may be `jax.Ref`s that it writes, which that one refuses."""
-    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, kernel_name=kernel_name)
-    return pl.kernel(body, out_type=out_type, mesh=mesh, name=kernel_name)
+def kernel_in_place(
+    body,
+    *,
+    kernel_name,
+    out_type=(),
+    grid,
+    grid_names,
+    num_threads=None,
+    thread_name=None,
+    compiler_params=None,
+):
+    """`plgpu.kernel` whose inputs may be `jax.Ref`s that it writes, which that one refuses."""
+    mesh = plgpu.Mesh(
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=num_threads,
+        thread_name=thread_name,
+        kernel_name=kernel_name,
+    )
+    return pl.kernel(body, out_type=out_type, mesh=mesh, name=kernel_name, compiler_params=compiler_params)
 
 
 def fused_multiply_add(a, b, c, layout):

@@ -68,6 +68,22 @@ def test_products(rows):
         )
 
 
+def test_rows_without_a_gradient_add_nothing_even_if_they_are_nan():
+    """To a matrix's gradient; of 70 rows two are NaN. With a gradient they are seen."""
+    x, w, dy = normal(0, 70, 80), pack_matrix(normal(1, 80, 96)), np.ones((70, 96), np.float32)
+    dead = np.array([3, 64])
+    dy[dead] = 0
+    poisoned = x.copy()
+    poisoned[dead] = np.nan
+
+    @jax.jit
+    def dw(x, dy):
+        return jax.vjp(lambda w: matmul(x, w, n=96), w)[1](dy)[0]
+
+    assert differing(dw(poisoned, dy), dw(x, dy)) == 0
+    assert np.isnan(dw(poisoned, np.ones_like(dy))).any()
+
+
 def test_repeated_ids_of_an_embedding():
     ids = np.random.default_rng(0).integers(0, 7, 150).astype(np.int32)
     assert_close_to_float64(

@@ -1,6 +1,5 @@
-"""Gradients of the matrix products: dx = dy · wᵀ through the forward's own kernel, dw chunk by chunk of rows."""
+"""Gradients of the matrix products; those of x and of the weights are in `backward_xla` and `backward_sm90`."""
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
@@ -12,15 +11,14 @@ from pallas_kernels.rows import over_rows
 def matmul(static, operands, dy):
     """Cotangents of (x, packed, bias, residual)."""
     n, _, backend = static
-    kernel = registry.load("matmul", backend)
     x, packed, bias, residual = operands
     w = value_of(packed)
-    k = x.shape[1]
-    dx = _product(kernel, dy, kernel.unpack(w, k, n).T).astype(x.dtype)
-    narrow = dy.astype(w.dtype)
+    dx, total = registry.load_backward("matmul", backend).matmul(
+        registry.load("matmul", backend), x, w, sum_so_far(packed), dy.astype(w.dtype), n
+    )
     return (
         dx,
-        cotangent(packed, kernel.pack(_outer(kernel.unpack(sum_so_far(packed), k, n), x, narrow))),
+        cotangent(packed, total),
         None if bias is None else cotangent(bias, _column_sums(sum_so_far(bias), dy)),
         None if residual is None else dy.astype(residual.dtype),
     )
@@ -29,22 +27,11 @@ def matmul(static, operands, dy):
 def gated_matmul(static, operands, dy):
     """Cotangents of (x, packed); gate and up are computed again."""
     n, activation, _, backend = static
-    kernel = registry.load("matmul", backend)
     x, packed = operands
-    k = x.shape[1]
-    gate, up = kernel.unpack_gated(value_of(packed), k, n)
-    act = kernel.ACTIVATIONS[activation]
-
-    def through_activation(_, a, b, dy):
-        out = jax.vjp(lambda a, b: act(a) * b, *pin(a, b))[1](pin(dy.astype(jnp.float32)))
-        return None, tuple(pin(d.astype(gate.dtype)) for d in out)
-
-    inner = (kernel.matmul(x, kernel.pack(w), n=n, out_dtype=jnp.float32) for w in (gate, up))
-    _, (d_gate, d_up) = over_rows(through_activation, None, *inner, dy)
-    dx = _product(kernel, d_up, up.T, residual=_product(kernel, d_gate, gate.T)).astype(x.dtype)
-
-    sums = zip(kernel.unpack_gated(sum_so_far(packed), k, n), (d_gate, d_up), strict=True)
-    return dx, cotangent(packed, kernel.pack_gated(*(_outer(sum, x, d) for sum, d in sums)))
+    dx, total = registry.load_backward("matmul", backend).gated_matmul(
+        registry.load("matmul", backend), x, value_of(packed), sum_so_far(packed), dy, n, activation
+    )
+    return dx, cotangent(packed, total)
 
 
 def take_columns(static, operands, dy):
@@ -65,22 +52,6 @@ def take_columns(static, operands, dy):
 
     total, _ = over_rows(chunk, sum_so_far(packed, lookup=True), ids, dy)
     return cotangent(packed, total, lookup=True), None
-
-
-def _product(kernel, dy, w, residual=None):
-    """dy · w in float32, through the forward's kernel; w is [N, K]."""
-    return kernel.matmul(
-        dy.astype(w.dtype), kernel.pack(w), n=w.shape[1], residual=residual, out_dtype=jnp.float32
-    )
-
-
-def _outer(start, x, dy):
-    """start + xᵀ · dy, [K, N] in float32."""
-
-    def add(sum, x, dy):
-        return pin(sum + pin(dot_f32(x, dy, (((0,), (0,)), ((), ()))))), None
-
-    return over_rows(add, start, x, dy)[0]
 
 
 def _column_sums(start, dy):

@@ -1,0 +1,325 @@
+"""The matmul's gradient on Hopper: dw = sum so far + xᵀ · dy and dx = dy · wᵀ, both on the packed weights.
+
+Order, per value of dw: the accumulator starts from the sum so far and adds products in ascending rows, in wgmma steps
+of 16. So a cut between micro-batches at a multiple of 16 rows is a store and a load of the accumulator and changes no
+bit; rows of zeros add exact zeros. Per value of dx: products in ascending columns as packed (32 of gate, 32 of up, and
+so on, in a gated product), in wgmma steps of 16, from zero; one rounding at the end. Tile shape, stages and number of
+CTAs don't touch either.
+
+Both are one product, leftᵀ · right, whose left operand [contraction, 64 per warpgroup] wgmma reads transposed. What is
+64 wide on the left is a block of the packed layout in dx and 64 columns in dw, so neither needs another layout.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.arrays import round_up
+from pallas_kernels.compat import interpreting, kernel_in_place, pl, plgpu
+from pallas_kernels.matmul.mosaic_gpu_sm90 import GATE_GROUP, K_BLOCK, REGISTERS, SHARED_BYTES, SMS
+from pallas_kernels.reduce import pin
+from pallas_kernels.rows import over_rows
+
+DEPTH = 64
+ACTIVATION_ROWS = 512
+"""Rows of one pass through the activation's gradient, which XLA computes in one shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a CTA computes; free of bits."""
+
+    groups: int = 2
+    """Consumer warpgroups, 64 columns (dw) or 64 k (dx) each."""
+    wide: int = 256
+    """Most k (dw) or rows (dx) per CTA."""
+    band: int = 8
+    """Tiles of the wide axis that go together, so that what they read stays in L2."""
+
+
+def matmul(_kernel, x, packed, total, dy, _n):
+    """(dx in x's dtype, total + xᵀ · dy in place of `total`), with dy [M, N] in the weights' dtype."""
+    return input_gradient(dy, packed, x.shape[1]), weight_gradient(total, x, dy)
+
+
+def gated_matmul(kernel, x, packed, total, dy, n, activation):
+    """The same for act(x · w_gate) · (x · w_up); gate and up are computed again."""
+    inner = kernel.matmul(x, packed, n=packed.shape[1], out_dtype=jnp.float32)
+    d_inner = _before_activation(inner, dy, n, kernel.ACTIVATIONS[activation], x.dtype)
+    return matmul(kernel, x, packed, total, d_inner, d_inner.shape[1])
+
+
+def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
+    """total + xᵀ · dy in place of `total`.
+
+    Args:
+        total: the float32 sum so far, as packed: [ceil(K / 64), N rounded up to 64, 64].
+        x: [M, K] in bfloat16 or float16. A row whose dy is all zero adds nothing, even if it is NaN.
+        dy: [M, N] in x's dtype, N up to the packed one.
+        tile: another tile than the usual one.
+    """
+    blocks, columns, _ = total.shape
+    x = jnp.where(jnp.any(dy != 0, axis=1)[:, None], x, 0)
+    x, dy = _padded(x, blocks * K_BLOCK), _padded(dy, columns)
+    wide, groups = (
+        _divisor(blocks * K_BLOCK, tile.wide),
+        tile.groups if columns % (64 * tile.groups) == 0 else 1,
+    )
+    call = _weight_kernel(x.shape, columns, x.dtype, groups, wide, tile.band, interpreting())
+    sums = jax.new_ref(total)
+    call(x, dy, sums)
+    return jax.freeze(sums)
+
+
+def input_gradient(dy, packed, k: int, *, tile: Tile = Tile()):
+    """dy · wᵀ as [M, K] in dy's dtype.
+
+    Args:
+        dy: [M, N] in the weights' dtype, N up to the packed one.
+        packed: what `pack` or `pack_gated` made of [K, N] weights.
+        k: K.
+        tile: another tile than the usual one.
+    """
+    blocks, columns, _ = packed.shape
+    rows, dy = dy.shape[0], _padded(dy, columns)
+    wide, groups = _divisor(dy.shape[0], tile.wide), tile.groups if blocks % tile.groups == 0 else 1
+    call = _input_kernel(dy.shape, blocks, dy.dtype, groups, wide, tile.band, interpreting())
+    dx = call(packed, dy)
+    return dx if dx.shape == (rows, k) else dx[:rows, :k]
+
+
+def _before_activation(inner, dy, n: int, act, dtype):
+    """Gradient of act(gate) · up by both, [M, packed columns] like `inner`: groups of gate and of up in turn."""
+    filled = round_up(n, GATE_GROUP)
+    dy = jnp.pad(dy, ((0, 0), (0, filled - n)))
+
+    def through(_, inner, dy):
+        def f(inner):
+            pairs = inner[:, : 2 * filled].reshape(-1, filled // GATE_GROUP, 2, GATE_GROUP)
+            return (act(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(-1, filled)
+
+        (d,) = jax.vjp(f, pin(inner))[1](pin(dy.astype(jnp.float32)))
+        return None, pin(d.astype(dtype))
+
+    return over_rows(through, None, inner, dy, size=ACTIVATION_ROWS)[1]
+
+
+def _padded(x, columns: int):
+    """Zeros up to a multiple of DEPTH rows and to `columns`."""
+    pad = (0, -x.shape[0] % DEPTH), (0, columns - x.shape[1])
+    return x if pad == ((0, 0), (0, 0)) else jnp.pad(x, pad)
+
+
+def _divisor(size: int, most: int) -> int:
+    """The widest tile that divides `size`: TMA boxes that are partly out of range are slow."""
+    return next(width for width in (256, 192, 128, 64) if width <= most and size % width == 0)
+
+
+@functools.cache
+def _weight_kernel(shape, columns, dtype, groups, wide, band, _interpreting):
+    rows, k = shape
+    blocks = wide // K_BLOCK
+
+    def body(x_g, dy_g, sums_g):
+        def load(row, column, step, left, right, full):
+            depth = pl.ds(step * DEPTH, DEPTH)
+            for group in range(groups):
+                part = dy_g.at[depth, pl.ds((row * groups + group) * 64, 64)]
+                plgpu.copy_gmem_to_smem(part, left.at[group], full)
+            plgpu.copy_gmem_to_smem(x_g.at[depth, pl.ds(column * wide, wide)], right, full)
+
+        def sums(row, column, group, block):
+            return sums_g.at[column * blocks + block, pl.ds((row * groups + group) * 64, 64), :]
+
+        def start(row, column, group):
+            parts = [
+                plgpu.load(sums(row, column, group, block), layout=plgpu.Layout.WGMMA, optimized=False)
+                for block in range(blocks)
+            ]
+            return jnp.concatenate(parts, axis=1)
+
+        def finish(acc, row, column, group, _):
+            for block in range(blocks):
+                sums(row, column, group, block)[...] = acc[:, block * K_BLOCK : (block + 1) * K_BLOCK]
+
+        _product(
+            (columns // (64 * groups), k // wide),
+            rows // DEPTH,
+            load,
+            start,
+            finish,
+            groups=groups,
+            right=(DEPTH, wide),
+            turned=False,
+            copies=groups + 1,
+            band=band,
+            dtype=dtype,
+            out=None,
+        )
+
+    tiles = columns // (64 * groups) * (k // wide)
+    return _launch(kernel_in_place, body, f"dw_{k}x{columns}", tiles, groups)
+
+
+@functools.cache
+def _input_kernel(shape, blocks, dtype, groups, wide, band, _interpreting):
+    rows, columns = shape
+
+    def body(w_g, dy_g, dx_g):
+        def load(row, column, step, left, right, full):
+            depth = pl.ds(step * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(w_g.at[pl.ds(row * groups, groups), depth, :], left, full)
+            plgpu.copy_gmem_to_smem(dy_g.at[pl.ds(column * wide, wide), depth], right, full)
+
+        def finish(acc, row, column, group, out):
+            for first in range(0, wide, 64):
+                y = plgpu.layout_cast(acc[:, first : first + 64].astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out.at[group].transpose((1, 0))[...] = y
+                plgpu.commit_smem()
+                where = pl.ds(column * wide + first, 64), pl.ds((row * groups + group) * 64, 64)
+                plgpu.copy_smem_to_gmem(out.at[group], dx_g.at[where])
+
+        _product(
+            (blocks // groups, rows // wide),
+            columns // DEPTH,
+            load,
+            lambda *_: None,
+            finish,
+            groups=groups,
+            right=(wide, DEPTH),
+            turned=True,
+            copies=2,
+            band=band,
+            dtype=dtype,
+            out=(groups, 64, 64),
+        )
+
+    out_type = jax.ShapeDtypeStruct((rows, blocks * K_BLOCK), dtype)
+    tiles = blocks // groups * (rows // wide)
+    return _launch(plgpu.kernel, body, f"dx_{blocks * K_BLOCK}x{columns}", tiles, groups, out_type=out_type)
+
+
+def _launch(kernel, body, name, tiles, groups, **options):
+    return kernel(
+        body,
+        kernel_name=name,
+        grid=(min(tiles, SMS),),
+        grid_names=("cta",),
+        num_threads=groups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **options,
+    )
+
+
+def _product(tiles, steps, load, start, finish, *, groups, right, turned, copies, band, dtype, out):
+    """leftᵀ · right by tiles: one producer warpgroup, `groups` consumers of 64 rows of the result each.
+
+    Args:
+        tiles: number of tiles along the rows and columns of the result.
+        steps: steps of DEPTH.
+        load: (tile's row, column, step, left [groups, DEPTH, 64], right, barrier): `copies` copies.
+        start: (tile's row, column, group) -> what the accumulator starts from, or None for zeros.
+        finish: (accumulator, tile's row, column, group, out).
+        right: the shape of a stage of the right operand: [DEPTH, columns], or [columns, DEPTH] if it is `turned`.
+        out: shape of what `finish` stores through, or None.
+    """
+    count, wide = tiles[0] * tiles[1], right[0] if turned else right[1]
+    ctas = min(count, SMS)
+    used = groups * 64 * 64 * 2 if out else 0
+    stages = min((SHARED_BYTES - used) // ((groups * 64 + wide) * DEPTH * 2), 6)
+
+    def scoped(left_s, right_s, full, empty, out_s=None):
+        group, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        mine = lax.div(jnp.int32(count - 1) - cta, jnp.int32(ctas)) + 1
+
+        def each_tile(work):
+            def body(local, _):
+                work(local * steps, *plgpu.planar_snake(cta + local * ctas, tiles, 1, band))
+                return ()
+
+            lax.fori_loop(0, mine, body, ())
+
+        @pl.when(group == groups)
+        def _produce():
+            if groups > 1:
+                plgpu.set_max_registers(40, action="decrease")
+
+            def work(first, row, column):
+                def each_step(i, _):
+                    slot = lax.rem(first + i, jnp.int32(stages))
+                    pl.when(first + i >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    load(row, column, i, left_s.at[slot], right_s.at[slot], full.at[slot])
+                    return ()
+
+                lax.fori_loop(0, steps, each_step, ())
+
+            each_tile(work)
+            if interpreting():  # the interpreter wants every barrier's last phase seen
+
+                def drain(step, _):
+                    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+                    return ()
+
+                lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, ())
+
+        @pl.when(group < groups)
+        def _consume():
+            if groups > 1:
+                plgpu.set_max_registers(REGISTERS[groups], action="increase")
+
+            def operands(slot):
+                a = left_s.at[slot, group].transpose((1, 0))
+                return a, right_s.at[slot].transpose((1, 0)) if turned else right_s.at[slot]
+
+            def work(first, row, column):
+                def release(step):
+                    plgpu.barrier_arrive(empty.at[lax.rem(step, jnp.int32(stages))])
+
+                def accumulate(acc):
+                    def each_step(i, _):
+                        slot = lax.rem(first + i, jnp.int32(stages))
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.wgmma(acc, *operands(slot))
+                        plgpu.wgmma_wait(1)  # the step before this one is done: its stage is free
+                        pl.when(i > 0)(lambda: release(first + i - 1))
+                        return ()
+
+                    lax.fori_loop(0, steps, each_step, ())
+
+                def interpreted(i, acc):  # which starts no accumulator from a value
+                    slot = lax.rem(first + i, jnp.int32(stages))
+                    plgpu.barrier_wait(full.at[slot])
+                    a, b = operands(slot)
+                    acc = acc + lax.dot(a[...], b[...], preferred_element_type=jnp.float32)
+                    release(first + i)
+                    return acc
+
+                begin = start(row, column, group)
+                if begin is None:
+                    begin = plgpu.layout_cast(jnp.zeros((64, wide), jnp.float32), plgpu.Layout.WGMMA)
+                if interpreting():
+                    acc = lax.fori_loop(0, steps, interpreted, begin)
+                else:
+                    acc = pl.run_state(accumulate)(plgpu.ACC.init(begin))
+                    release(first + steps - 1)
+                finish(acc, row, column, group, out_s)
+
+            each_tile(work)
+            if out:
+                plgpu.wait_smem_to_gmem(0)
+
+    swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    pl.run_scoped(
+        scoped,
+        plgpu.SMEM((stages, groups, DEPTH, 64), dtype, transforms=swizzle),
+        plgpu.SMEM((stages, *right), dtype, transforms=swizzle),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        *([plgpu.SMEM(out, dtype, transforms=swizzle)] if out else []),
+        collective_axes="wg",
+    )

@@ -1,0 +1,144 @@
+"""The Hopper gradient kernels of the matmul without a GPU: interpreted on small shapes, lowered for CUDA on real ones.
+
+The interpreter has its own order inside a step of 64 rows; that steps follow one another from the sum so far, wherever
+micro-batches are cut, is the kernel's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.compat import gpu_interpreter
+from pallas_kernels.gradient import Trained
+from pallas_kernels.matmul import backward_sm90 as backward
+from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
+from pallas_kernels.matmul.backward_sm90 import Tile
+from pallas_kernels.matmul.op import gated_matmul, matmul
+
+K, N = 192, 128
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def bits(x):
+    return np.asarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def error(found, exact):
+    return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+
+
+def wide(*arrays):
+    return [np.asarray(x, np.float64) for x in arrays]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    "tile", [Tile(), pytest.param(Tile(groups=1, wide=64), marks=pytest.mark.slow)], ids=repr
+)
+def test_weight_gradient_has_the_same_bits_however_rows_are_cut(tile):
+    x, dy, start = normal(0, 192, K), normal(1, 192, N), normal(2, K, N, dtype=jnp.float32)
+
+    def total(*cuts, x=x, dy=dy):
+        sums = kernel.pack(start)
+        with gpu_interpreter():
+            for first, last in zip((0, *cuts), (*cuts, len(x)), strict=True):
+                sums = backward.weight_gradient(sums, x[first:last], dy[first:last], tile=tile)
+        return kernel.unpack(sums, K, N)
+
+    whole = total()
+    np.testing.assert_array_equal(bits(total(64)), bits(whole))
+    np.testing.assert_array_equal(bits(total(64, 128)), bits(whole))
+    swapped = np.r_[64:192, 0:64]
+    assert (bits(total(x=x[swapped], dy=dy[swapped])) != bits(whole)).any(), "it would see another order"
+    exact_x, exact_dy, exact = wide(x, dy, start)
+    assert error(whole, exact + exact_x.T @ exact_dy) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_weight_gradient_of_dead_rows_and_odd_sizes():
+    """Rows without a gradient add nothing, NaN or not; 70 rows, 100 k and 70 columns fill no tile."""
+    x, dy, start = normal(0, 70, 100), normal(1, 70, 70), kernel.pack(jnp.zeros((100, 70), jnp.float32))
+    dead = np.array([3, 64])
+    dy = dy.at[dead].set(0)
+    with gpu_interpreter():
+        clean, found = (
+            kernel.unpack(backward.weight_gradient(start, rows, dy), 100, 70)
+            for rows in (x, x.at[dead].set(jnp.nan))
+        )
+        hit = backward.weight_gradient(start, x.at[4].set(jnp.nan), dy)
+    np.testing.assert_array_equal(bits(found), bits(clean))
+    assert np.isnan(hit).any(), "a NaN in a row with a gradient is seen"
+    exact_x, exact_dy = wide(x, dy)
+    assert error(clean, exact_x.T @ exact_dy) < 1e-6
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("tile", "k"), [(Tile(), K), pytest.param(Tile(groups=1, wide=64), 100, marks=pytest.mark.slow)], ids=repr
+)
+def test_input_gradient_of_a_row_depends_on_itself_alone(tile, k):
+    dy, w = normal(0, 130, N), normal(1, k, N)
+
+    def run(dy):
+        with gpu_interpreter():
+            return backward.input_gradient(dy, kernel.pack(w), k, tile=tile)
+
+    full = run(dy)
+    hostile = run(dy.at[::2].set(jnp.nan))
+    np.testing.assert_array_equal(bits(hostile)[1::2], bits(full)[1::2])
+    assert (bits(hostile)[::2] != bits(full)[::2]).any(), "the comparison sees the hostile rows"
+    exact_dy, exact_w = wide(dy, w)
+    assert error(full, exact_dy @ exact_w.T) < 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_gradients_of_the_ops_are_close_to_float64():
+    """Plain and gated through `jax.grad`, beside autodiff in float64: 70 rows, 80 k, 96 columns."""
+    x, w, up, c = normal(0, 70, 80), normal(1, 80, 96) / 8, normal(2, 80, 96) / 8, normal(3, 70, 96)
+    start = jnp.zeros((80, 96), jnp.float32)
+
+    def ours(f, x, value, gradient):
+        loss = lambda x, g: jnp.sum(f(x, Trained(value, g)) * c.astype(jnp.float32))  # noqa: E731
+        with gpu_interpreter():
+            return jax.jit(jax.grad(loss, (0, 1)))(x, gradient)
+
+    options = {"n": 96, "out_dtype": jnp.float32, "backend": "mosaic_gpu"}
+    plain = ours(functools.partial(matmul, **options), x, kernel.pack(w), kernel.pack(start))
+    gated = ours(
+        functools.partial(gated_matmul, activation="silu", **options),
+        x,
+        kernel.pack_gated(w, up),
+        kernel.pack_gated(start, start),
+    )
+    with jax.enable_x64(True):
+        x, w, up, c = map(jnp.asarray, wide(x, w, up, c))
+        dx, dw = jax.grad(lambda x, w: jnp.sum((x @ w) * c), (0, 1))(x, w)
+        both = jax.grad(lambda x, w, u: jnp.sum(jax.nn.silu(x @ w) * (x @ u) * c), (0, 1, 2))(x, w, up)
+        expected = [np.asarray(g) for g in (dx, dw, *both)]
+    found = plain[0], kernel.unpack(plain[1], 80, 96), gated[0], *kernel.unpack_gated(gated[1], 80, 96)
+    for got, want in zip(found, expected, strict=True):
+        assert error(got, want) < 4e-3
+
+
+TILES = [Tile(), Tile(groups=1), Tile(groups=3, wide=192), Tile(groups=2, wide=128)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=repr)
+@pytest.mark.parametrize(("k", "n"), [(4096, 6144), pytest.param(576, 1536, marks=pytest.mark.slow)])
+def test_every_tile_lowers_for_cuda(tile, k, n):
+    struct = jax.ShapeDtypeStruct
+    packed = -(-k // 64), n, 64
+    x, dy = struct((1024, k), jnp.bfloat16), struct((1024, n), jnp.bfloat16)
+    for f, arguments in (
+        (lambda dy, w: backward.input_gradient(dy, w, k, tile=tile), (dy, struct(packed, jnp.bfloat16))),
+        (functools.partial(backward.weight_gradient, tile=tile), (struct(packed, jnp.float32), x, dy)),
+    ):
+        jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
