@@ -24,10 +24,15 @@ class Comparison:
     differing: int
     """Tokens with Δ ≠ 0."""
     max_abs: float
+    """Largest |Δ|."""
     mean_abs: float
+    """Mean |Δ| over all tokens, those that are equal included."""
     kl: float
-    """Estimate of KL(sampler ‖ trainer) per token: the mean of exp(Δ) − 1 − Δ (Schulman 2020), 0.0 if none differ."""
+    """Estimate of KL(sampler ‖ trainer) per token: the mean of exp(Δ) − 1 − Δ, 0.0 if none differ.
+
+    It is k3 of "Approximating KL divergence" (Schulman 2020, http://joschu.net/blog/kl-approx.html)."""
     edges: Float[np.ndarray, " bins+1"]
+    """float64, ascending from 0 to inf."""
     counts: Int[np.ndarray, " bins"]
     """Tokens with edges[i] < |Δ| ≤ edges[i + 1]; those that are equal are in none."""
 
@@ -50,11 +55,11 @@ class Comparison:
 
 
 def compare(sampled: Sequence[CompletionOutput | ArrayLike], trained: Sequence[ArrayLike]) -> Comparison:
-    """Compares logprobs token by token.
+    """Compares logprobs token by token, in float64.
 
     Args:
         sampled: one entry per completion: what `LLM.generate` gave with `logprobs=0`, or its tokens' logprobs.
-        trained: the trainer's logprobs of the same tokens.
+        trained: the trainer's logprobs of the same tokens, [output] each, natural, of the same distribution.
 
     Raises:
         ValueError: the two have different lengths, or a value is not finite.
@@ -93,7 +98,11 @@ def compare(sampled: Sequence[CompletionOutput | ArrayLike], trained: Sequence[A
 
 
 def sampled_logprobs(completion: CompletionOutput) -> Float[np.ndarray, " output"]:
-    """The sampler's float32 logprob of every output token; the request must have had `logprobs=0` or more."""
+    """The sampler's float32 logprob of every output token; the request must have had `logprobs=0` or more.
+
+    Raises:
+        ValueError: it had none.
+    """
     if completion.logprobs is None:
         raise ValueError("completion has no logprobs; sample with SamplingParams(logprobs=0)")
     chosen = zip(completion.token_ids, completion.logprobs, strict=True)

@@ -22,16 +22,22 @@ class GradientSums:
     """What the micro-batches so far add up to, in float32 and in the layout of the parameters."""
 
     weights: nnx.State
+    """The tree of `llm.params`, packed alike; float32."""
     lookup: Array | None
     """The embedding's, where the LM head is the embedding too; apart, because each is summed in its own order."""
 
     @classmethod
     def zeros(cls, params: nnx.State) -> "GradientSums":
+        """Nothing summed yet.
+
+        Args:
+            params: the tree of `llm.params`; only shapes matter.
+        """
         weights = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
         return cls(weights, None if "embedding" in params else jnp.zeros_like(weights["head"][...]))
 
     def total(self) -> nnx.State:
-        """The gradient of every parameter."""
+        """The gradient of every parameter, float32, in the tree and layout of `llm.params`."""
         if self.lookup is None:
             return self.weights
         return _map_head(lambda head: pin(head + self.lookup), self.weights)
@@ -59,7 +65,11 @@ def accumulate(
         sums: donate them.
         micro: what `pack` made.
         objective: see `Objective`.
+        extra: given to `objective`, such as the sampler's logprobs [T].
         remat: see `logprobs`.
+
+    Returns:
+        The new sums, and what `objective` reported.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 

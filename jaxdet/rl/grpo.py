@@ -1,9 +1,11 @@
 """GRPO, truly on-policy: the trainer's log-probabilities are the sampler's, to the last bit.
 
 One step: every prompt gets a group of completions, rewards are compared within the group, and the clipped objective of
-PPO weighs each token by its group-relative advantage (Shao et al. 2024, https://arxiv.org/abs/2402.03300). Masters are
-float32 in the layout of the kernels' weights; after the update one program casts them into the engine's weights, which
-the trainer's own forward pass reads too: there is one copy of each.
+PPO weighs each token by its group-relative advantage (Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1).
+Every token of a step weighs alike, however long its completion (Yu et al. 2025, https://arxiv.org/abs/2503.14476,
+section 3.3), and no term holds the model to a reference. Masters are float32 in the layout of the kernels' weights;
+after the update one program casts them into the engine's weights, which the trainer's own forward pass reads too: there
+is one copy of each.
 """
 
 import dataclasses
@@ -42,6 +44,7 @@ class GRPOConfig:
     """
 
     prompts_per_step: int = 8
+    """Different prompts of one step, as long as there are as many."""
     group_size: int = 8
     """Completions of each prompt, compared with each other; at least 2."""
     max_tokens: int = 64
@@ -51,7 +54,9 @@ class GRPOConfig:
     clip: float = 0.2
     """How far the importance ratio may leave 1."""
     max_grad_norm: float = 1.0
+    """A longer gradient is shortened to this."""
     seed: int = 0
+    """Of the prompts' order and of all samples."""
     micro_batch_tokens: int = 4096
     """Most tokens, padding included, of one forward and backward pass; changes memory and speed, and no bit."""
     remat: bool = False
@@ -136,10 +141,15 @@ class GRPO:
         Args:
             prompts: all of them are gone through in an order of `config.seed`, then again in another. A dictionary may
                 hold more than {"prompt": …}, such as the answer that `reward` expects.
+            steps: of the whole run.
             use_tqdm: show a progress bar.
 
         Returns:
-            The metrics of the steps taken now.
+            The metrics of the steps taken now; see `step`.
+
+        Raises:
+            FloatingPointError: logits or a gradient are not finite; the last checkpoint is as it was.
+            ValueError: a reward is not a finite number, or a sequence is longer than `micro_batch_tokens`.
         """
         log = None if self._directory is None else MetricsLog(self._directory, self.finished_steps)
         history = []
@@ -178,6 +188,9 @@ class GRPO:
             clipped: share of tokens whose gradient the clipping stopped, in the last update.
             output_tokens: sampled in all; mean_length: a completion.
             sample_seconds, train_seconds, refresh_seconds: refresh is the cast into the sampler's weights.
+
+        Raises:
+            FloatingPointError, ValueError: see `train`.
         """
         c, number = self.config, self.finished_steps
         started = time.perf_counter()
@@ -243,12 +256,14 @@ def objective(
     weight: Float[Array, " T"],
     clip: float,
 ) -> tuple[Float[Array, ""], Float[Array, " T"]]:
-    """−Σ min(ratio · A, clip(ratio) · A) · weight, and the trainer's logprobs.
+    """−Σ min(ratio · weight, clip(ratio) · weight), and the trainer's logprobs.
+
+    The clipped surrogate of PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7).
 
     Args:
-        values: log-probabilities under the weights in training.
-        old: the sampler's.
-        weight: advantage / output tokens of the whole batch; 0 where nothing was sampled.
+        values: log-probabilities under the weights in training, float32.
+        old: the sampler's, float32.
+        weight: advantage / output tokens of the whole batch, float32; 0 where nothing was sampled.
         clip: see `GRPOConfig`.
     """
     ratio = jnp.exp(values - old)

@@ -25,6 +25,9 @@ def packed(llm: LLM, tensors: Mapping[str, Float[Array, "..."]]) -> nnx.State:
         tensors: on the device, by their Hugging Face names and in Hugging Face's layouts, [out, in] for matrices; any
             float dtype, each rounded once. Names that the model doesn't have are ignored.
 
+    Returns:
+        On the device: matrices in the dtype of `llm`, norms and biases in float32, to the bits that loading gives.
+
     Raises:
         ValueError: a tensor is missing or has another shape.
     """

@@ -30,7 +30,7 @@ def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Flo
         remat: keep each layer's input only, and compute the rest again in the backward pass; to the same bits.
 
     Returns:
-        float32; 0 where no token follows.
+        float32, natural, of the raw distribution (temperature 1, no top-p); 0 where no token follows.
     """
     c = model.config
     cache = new_cache(c, model.dtype, micro.num_pages, PAGE_SIZE)

@@ -34,6 +34,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, int(metrics["step"]))
 
     def close(self) -> None:
+        """Ends both files; nothing can be written afterwards."""
         self._file.close()
         self._board.close()
 

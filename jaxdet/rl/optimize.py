@@ -18,7 +18,14 @@ NORM_COLUMNS = 8192
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """√ Σ x² over all leaves, in one order: rows of each leaf, the rows' sums, then the leaves."""
+    """√ Σ x² over all leaves, in one order: rows of each leaf, the rows' sums, then the leaves.
+
+    Args:
+        tree: arrays of any shape and float dtype.
+
+    Returns:
+        float32.
+    """
 
     def squares(x: Array) -> Array:
         flat = x.astype(jnp.float32).reshape(-1)
@@ -40,11 +47,14 @@ def update(
 
     Args:
         optimizer: elementwise, such as AdamW: masters are packed, so rows and columns mean nothing to it.
-        max_grad_norm: a longer gradient is shortened to this.
+        max_grad_norm: a longer gradient is shortened to this (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063,
+            algorithm 1).
         masters: float32, in the layout of `llm.params`.
+        state: what `optimizer.init(masters)` or the last step gave.
+        sums: of all micro-batches of the step.
 
     Returns:
-        The new masters and state, and the gradient's norm before it was shortened.
+        The new masters and state, and the gradient's norm (float32) before it was shortened.
     """
     gradient = sums.total()
     norm = global_norm(gradient)

@@ -22,6 +22,7 @@ class MicroBatch:
     """
 
     batch: Batch
+    """Tokens, positions and pages of a cache of its own."""
     targets: Int[HostOrDevice, " T"]
     """The token that follows each."""
     scored: Bool[HostOrDevice, " T"]

@@ -29,7 +29,9 @@ class Sample:
     logprobs: Float[np.ndarray, " output"]
     """The sampler's, float32, of every output token."""
     reward: float
+    """As `Reward` gave it."""
     advantage: float
+    """Of the whole completion, among its group: see `advantages`."""
 
 
 def sample(
@@ -44,6 +46,8 @@ def sample(
     """`group_size` completions of every prompt from the model's own distribution, group after group.
 
     Args:
+        prompts: as `LLM.generate` takes them; `reward` gets them back as they are.
+        group_size, max_tokens: see `GRPOConfig`.
         seeds: one per prompt.
 
     Raises:
@@ -70,5 +74,8 @@ def sample(
 
 
 def advantages(rewards: Float[np.ndarray, " group"]) -> Float[np.ndarray, " group"]:
-    """(reward − the group's mean) / its standard deviation (Shao et al. 2024, GRPO); 0 where all are equal."""
+    """(reward − the group's mean) / its standard deviation, float64; 0 where all are equal.
+
+    Outcome supervision of GRPO (Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2).
+    """
     return (rewards - rewards.mean()) / (rewards.std() + SMALLEST_SPREAD)

@@ -58,4 +58,5 @@ class TrainingState:
         return jax.tree.unflatten(tree, self._manager.restore(step, args=items)["arrays"])
 
     def close(self) -> None:
+        """Lets go of the folder."""
         self._manager.close()

@@ -45,7 +45,12 @@ class JaxdetRollout(BaseRollout):
         self.update_params(nnx.state(rollout_actor, nnx.Param))
 
     def generate(self, prompts: list[str], rollout_config: RolloutConfig, **_: Any) -> RolloutOutput:
-        """Completes every prompt once."""
+        """Completes every prompt once.
+
+        Returns:
+            Per completion its text, token ids [output] (int32) and, with `return_logprobs`, the sampler's logprobs
+            [output] (float32); the prompts left-padded [B, max_prompt_length or the longest] (int32).
+        """
         c = rollout_config
         ids = [self._encode(prompt) for prompt in prompts]
         seeds = np.random.SeedSequence([*_numbers(c.seed), self._calls]).generate_state(len(ids), np.uint64)
@@ -94,16 +99,24 @@ class JaxdetRollout(BaseRollout):
         return jnp.asarray(found)
 
     def update_params(self, params: Any, filter_types: tuple[Any, ...] | None = None) -> None:
-        """Takes the trainer's weights, on the device; all of them: LoRA's must be merged first."""
+        """Takes the trainer's weights, on the device; all of them: LoRA's must be merged first.
+
+        Raises:
+            RuntimeError: requests are running.
+            ValueError: a parameter is unknown, missing or of another shape.
+        """
         self.llm.update_weights(packed(self.llm, huggingface_tensors(params)))
 
     def pad_id(self) -> int:
+        """What prompts are padded with, as Tunix asks for it."""
         return self._tokenizer.pad_id()
 
     def eos_id(self) -> int:
+        """What ends a completion, as Tunix asks for it."""
         return self._tokenizer.eos_id()
 
     def model(self) -> nnx.Module:
+        """Tunix's own model, which is trained; the engine runs copies of its weights."""
         return self._model
 
     def _encode(self, prompt: str) -> list[int]:
