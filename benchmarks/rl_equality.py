@@ -5,16 +5,17 @@
 Rounds alternate between greedy and sampled (T = 1), with and without speculation (n-gram lookup). Prompts and outputs
 have ragged lengths, most prompts begin with one of four prefixes of which full pages are cached, and sampled prompts
 have several completions. The trainer's pass packs other neighbours together than the sampler had. As a control each
-round's first micro-batch is computed again with weights one unit in the last place away. Writes JSON; exits with 1 if
-a token differs or the control doesn't.
+round's first micro-batch is computed again with weights one unit in the last place away. Writes JSON after every round,
+so that a run which is stopped has counted; exits with 1 if a token differs or the control doesn't.
 """
 
 import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,17 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxdet import LLM, SamplingParams
+from jaxdet.files import write_whole
 from jaxdet.rl import Comparison, compare, logprobs, pack
 from jaxdet.rl.comparison import sampled_logprobs
 from jaxdet.testing import write_tiny_model
 from jaxdet.verify.report import environment
 from pallas_kernels.backend import compiler_options
 
-PREFIX, LONGEST_PROMPT, LONGEST_OUTPUT = 256, 500, 200
+PREFIX, LONGEST_PROMPT, LONGEST_OUTPUT = 256, 500, 600
 PROMPTS, COMPLETIONS = 24, 4
 """Of one round."""
-MICRO_BATCH = 4096
+MICRO_BATCH = 2048
 
 
 @dataclasses.dataclass
@@ -58,9 +60,9 @@ class Counts:
         self.sampled += found.compared * (not greedy)
 
 
-def measure(model: str | Path, tokens: int, dtype: str) -> tuple[Counts, LLM]:
-    """Compares at least `tokens` output tokens."""
-    options = dict(dtype=dtype, max_model_len=LONGEST_PROMPT + LONGEST_OUTPUT)
+def measure(model: str | Path, tokens: int, dtype: str) -> Iterator[tuple[Counts, LLM]]:
+    """Compares at least `tokens` output tokens; yields after every round."""
+    options: dict[str, Any] = dict(dtype=dtype, max_model_len=LONGEST_PROMPT + LONGEST_OUTPUT)
     engines = [LLM(model, **options), LLM(model, **options, speculative_model="ngram")]
     step = engines[0].engine.step_fn
     score = jax.jit(
@@ -80,9 +82,9 @@ def measure(model: str | Path, tokens: int, dtype: str) -> tuple[Counts, LLM]:
             before = counts.tokens
             _round(llm, score, step.state, wrong, prefixes, rng, counts, greedy=greedy)
             bar.update(counts.tokens - before)
-    counts.cached_prompt_tokens = sum(llm.stats().cached_tokens for llm in engines)
-    counts.accepted_guesses = engines[1].stats().accepted_tokens
-    return counts, engines[0]
+            counts.cached_prompt_tokens = sum(llm.stats().cached_tokens for llm in engines)
+            counts.accepted_guesses = engines[1].stats().accepted_tokens
+            yield counts, llm
 
 
 def _round(llm: LLM, score, right, wrong, prefixes, rng, counts: Counts, *, greedy: bool) -> None:
@@ -132,14 +134,15 @@ def main(
     dtype: str = "bfloat16",
     out: Path = Path("out"),
 ) -> None:
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        counts, llm = measure(model or write_tiny_model(Path(folder) / "tiny"), tokens, dtype)
-    result = {"model": model or "tiny"} | dataclasses.asdict(counts)
-    result |= {"seconds": round(time.perf_counter() - began)} | environment(llm.engine.step_fn.backend, dtype)
+    began, counts = time.perf_counter(), Counts()
     out.mkdir(exist_ok=True)
-    (out / "rl-equality.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    with tempfile.TemporaryDirectory() as folder:
+        for counts, llm in measure(model or write_tiny_model(Path(folder) / "tiny"), tokens, dtype):
+            result = {"model": model or "tiny"} | dataclasses.asdict(counts)
+            result |= {"seconds": round(time.perf_counter() - began)}
+            result |= environment(llm.engine.step_fn.backend, dtype)
+            write_whole(out / "rl-equality.json", json.dumps(result, indent=1) + "\n")
+    print(counts)
     if counts.differing or not counts.control_differing:
         raise typer.Exit(1)
 

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import rl_gradients
 import rl_on_policy
+import rl_seeds
 
 from jaxdet import LLM
 from jaxdet.checkpoints import open_checkpoint
@@ -39,3 +41,21 @@ def test_three_curves(tmp_path):
     assert (ours["largest kl"], ours["largest logprob difference"]) == (0.0, 0.0)
     assert plain["largest kl"] > 0
     assert (tmp_path / "rl-on-policy.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_pairs_and_gradients(tmp_path):
+    """The scripts behind what docs/rl.md says about the three curves, at their smallest."""
+    rl_seeds.main(steps=2, seeds=2, out=tmp_path)
+    result = json.loads((tmp_path / "rl-seeds.json").read_text())
+    assert [len(run[name]) for run in result["runs"] for name in rl_seeds.TRAININGS] == [2] * 6
+    mixed, ours = ([run[name][0] for run in result["runs"]] for name in ("mixed", "jaxdet"))
+    assert mixed == ours != [run["plain"][0] for run in result["runs"]], (
+        "samples of the first step are shared"
+    )
+    rl_gradients.main(steps=2, seeds=1, out=tmp_path)
+    found = json.loads((tmp_path / "rl-gradients.json").read_text())["summary"]
+    for name in ("ours", "plain"):
+        assert 0.001 < found[name]["mean error"] < 0.1
+        assert 0.99 < found[name]["mean along"] < 1.01
+        assert found[name]["mean gain"] > 0

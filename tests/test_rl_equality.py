@@ -9,7 +9,7 @@ from jaxdet.testing import write_tiny_model
 @pytest.mark.slow
 def test_equal_over_many_tokens(tmp_path):
     """Greedy and sampled, with cached prefixes and with guesses, in ragged lengths."""
-    counts, _ = rl_equality.measure(write_tiny_model(tmp_path / "model"), 40_000, "bfloat16")
+    *_, (counts, _) = rl_equality.measure(write_tiny_model(tmp_path / "model"), 40_000, "bfloat16")
     assert counts.tokens >= 40_000
     assert (counts.differing, counts.max_abs) == (0, 0.0)
     assert min(counts.greedy, counts.sampled) > 1000
