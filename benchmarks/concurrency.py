@@ -27,7 +27,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
 
 def measure(llm: LLM, requests: int, rounds: int) -> dict[str, list[float]]:
     """Output tokens a second of every round, one at a time and together."""
-    prompts = np.random.default_rng(0).integers(0, llm.engine.step_fn.config.vocab_size, (requests, PROMPT))
+    prompts = np.random.default_rng(0).integers(0, llm.engine.vocab_size, (requests, PROMPT))
     rates: dict[str, list[float]] = {"one at a time": [], "together": []}
     for number in range(rounds + 1):
         began = time.perf_counter()

@@ -3,8 +3,8 @@
     python benchmarks/serve.py MODEL [--clients 1 8 64] [--requests 128] [--prompt 128] [--output 64] [--backend NAME]
         [--max-model-len N] [--max-num-batched-tokens N] [--num-pages N] [--out FILE]
 
-Runs random prompts through `LLM.generate`, all at once, then starts the server over the same LLM (a thread, a free
-port) and lets so many clients at a time, in another process, stream the same completions. TTFT is from sending a
+Runs random prompts through `LLM.generate`, all at once, then starts the server's process beside the same LLM and lets
+so many clients at a time, in a third process, stream the same completions. TTFT is from sending a
 request to its first event, inter-token from event to event. Every answer is compared with the offline one. Both sides
 run once unmeasured, so that nothing compiles in between.
 """
@@ -15,6 +15,8 @@ import json
 import multiprocessing
 import os
 import platform
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,11 +25,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import uvicorn
+import psutil
 
 from jaxdet.llm import LLM
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.server.app import Settings, create_app
+from jaxdet.server.app import Model, Settings
+from jaxdet.server.http import Serve
+from jaxdet.server.run import host_of, start_http
 
 
 def requests_of(llm: LLM, count: int, prompt: int) -> list[list[int]]:
@@ -35,19 +39,29 @@ def requests_of(llm: LLM, count: int, prompt: int) -> list[list[int]]:
     return rng.integers(0, llm.tokenizer.vocab_size, (count, prompt)).tolist()
 
 
-def serve(llm: LLM) -> tuple[uvicorn.Server, threading.Thread, int]:
-    server = uvicorn.Server(uvicorn.Config(create_app(llm, Settings()), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
+def serve(llm: LLM, port: int) -> tuple[subprocess.Popen, threading.Thread]:
+    """The process of `jaxdet serve` that speaks HTTP, and the engine in a thread."""
+    process, connection = start_http(Serve(Model.of(llm), Settings(), "127.0.0.1", port, 5))
+    thread = threading.Thread(target=host_of(llm, connection).run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    return server, thread, server.servers[0].sockets[0].getsockname()[1]
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return process, thread
+        except ConnectionRefusedError:
+            time.sleep(0.05)
 
 
-def cpu_seconds(thread: threading.Thread) -> float:
-    """CPU time of a thread so far."""
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def cpu_seconds(process: subprocess.Popen, thread: threading.Thread) -> tuple[float, float]:
+    """CPU time so far, of HTTP and of the engine."""
     assert thread.ident is not None
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system, time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def load(*arguments: Any) -> dict[str, Any]:
@@ -139,17 +153,16 @@ def main() -> None:
     offline(llm, prompts, args.output)  # warms up
     best, cpu, expected = offline(llm, prompts, args.output)
 
-    server, http, port = serve(llm)
-    engine = next(thread for thread in threading.enumerate() if thread.name == "engine")
+    http, engine = serve(llm, port := free_port())
     rows = []
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # clients get an interpreter of their own
         for clients in args.clients:
             few = prompts[: max(clients, args.requests * clients // max(args.clients))]
             asked = "127.0.0.1", port, llm.name, few, args.output, clients
             pool.apply(load, asked)  # warms up
-            before = [cpu_seconds(t) for t in (http, engine)]
+            before = cpu_seconds(http, engine)
             found = pool.apply(load, asked)
-            used = [cpu_seconds(t) - b for t, b in zip((http, engine), before, strict=True)]
+            used = np.subtract(cpu_seconds(http, engine), before)
             per_token = [round(seconds / (len(few) * args.output) * 1e6, 1) for seconds in used]
             row = {"clients": clients, "requests": len(few)} | found
             row["cpu_us_per_token"] = dict(zip(("http", "engine"), per_token, strict=True))
@@ -157,8 +170,8 @@ def main() -> None:
             row["answers_that_differ"] = sum(a != b for a, b in zip(texts, expected, strict=False))
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
-    server.should_exit = True
-    http.join()
+    http.terminate()
+    engine.join()
     report = {
         "model": llm.name,
         "device": jax.devices()[0].device_kind,

@@ -130,7 +130,7 @@ def _row(config, work: Work, chip: Chip | None, dtype: str, seconds: float | Non
 
 def _decode_seconds(llm: LLM, batch: int, rng) -> float:
     """Of one step with `batch` running sequences, scheduler, sampler and host included."""
-    engine, vocab = llm.engine, llm.engine.step_fn.config.vocab_size
+    engine, vocab = llm.engine, llm.engine.vocab_size
     params = SamplingParams(temperature=0, max_tokens=LONGEST - PROMPT, ignore_eos=True)
     prompts = rng.integers(0, vocab, (batch, PROMPT)).tolist()
     sequences = [s for prompt in prompts for s in engine.add(prompt, params)]
@@ -151,7 +151,7 @@ def _decode_seconds(llm: LLM, batch: int, rng) -> float:
 
 def _prefill_seconds(llm: LLM, tokens: int, rng) -> float:
     """From the prompt to its first token."""
-    engine, vocab = llm.engine, llm.engine.step_fn.config.vocab_size
+    engine, vocab = llm.engine, llm.engine.vocab_size
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
     def round_seconds() -> float:

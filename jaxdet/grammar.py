@@ -1,5 +1,6 @@
 """JSON that completions must follow: llguidance says before every token which ones may come."""
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any, Self
@@ -8,6 +9,9 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from jaxdet.tokenizer import Tokenizer
+
+KEPT = 64
+"""Grammars whose beginning is kept: users repeat their schemas, and compiling one can take as long as many steps."""
 
 
 class JsonGrammars:
@@ -23,9 +27,14 @@ class JsonGrammars:
             tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(tokenizer.eos_token_ids)
         )
         self._words = -(-vocab_size // 32)
+        self._start = functools.lru_cache(KEPT)(self._build)
 
     def compile(self, schema: Mapping[str, Any]) -> "JsonConstraint":
-        """A constraint at the beginning of an answer that follows `schema`, without white space between its parts.
+        """A constraint at the beginning of an answer that follows a JSON schema; raises as `of_schema`."""
+        return self.start(self.of_schema(schema), "json_schema")
+
+    def of_schema(self, schema: Mapping[str, Any]) -> str:
+        """llguidance's grammar of a JSON schema, without white space between an answer's parts; `start` takes it.
 
         Raises:
             ValueError: llguidance can't follow the schema.
@@ -37,10 +46,11 @@ class JsonGrammars:
             )
         except (ValueError, RecursionError) as error:
             raise _refusal("json_schema", str(error)) from None
-        return self.start(grammar, "json_schema")
+        self.start(grammar, "json_schema")
+        return grammar
 
     def start(self, grammar: str, what: str) -> "JsonConstraint":
-        """A constraint at the beginning of an answer that follows a grammar of llguidance's.
+        """A constraint at the beginning of an answer that follows a grammar of llguidance's; the latest ones are kept.
 
         Args:
             what: the argument it was made from.
@@ -48,6 +58,9 @@ class JsonGrammars:
         Raises:
             ValueError: llguidance can't follow it.
         """
+        return self._start(grammar, what)
+
+    def _build(self, grammar: str, what: str) -> "JsonConstraint":
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _refusal(what, matcher.get_error())

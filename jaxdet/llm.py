@@ -1,6 +1,5 @@
 """The offline API: text or token ids in, completions out."""
 
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -24,9 +23,9 @@ from jaxdet.engine.sequence import Sequence as EngineSequence
 from jaxdet.engine.stats import EngineStats
 from jaxdet.models.layers import DecoderLM
 from jaxdet.models.registry import build_model, family_of
-from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+from jaxdet.outputs import RequestOutput, ScoreOutput
+from jaxdet.request import Request
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.text import TextStream
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt_token_ids": [...]} / {"prompt": "..."}."""
@@ -265,11 +264,7 @@ class LLM:
         Raises:
             ValueError: a message has no role, the model has no chat template, or it refuses the messages.
         """
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise ValueError(f'messages holds {message!r}; use {{"role": "user", "content": "…"}}')
-        text = self.tokenizer.apply_chat_template(messages, **template)
-        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        return self.tokenizer.chat_prompt(messages, **template)
 
     def score(
         self, token_id_sequences: Sequence[Sequence[int]], *, use_tqdm: bool = False
@@ -334,7 +329,7 @@ class LLM:
         *,
         priority: int = 0,
         constraint: Constraint | None = None,
-    ) -> "Request":
+    ) -> Request:
         """Queues a prompt among whatever runs already; `step` moves all requests on.
 
         Args:
@@ -351,7 +346,7 @@ class LLM:
         (params,) = _one_each(sampling_params, 1)
         return self._add(text, ids, params, priority, constraint)
 
-    def submit_score(self, token_ids: Sequence[int]) -> "Request":
+    def submit_score(self, token_ids: Sequence[int]) -> Request:
         """Queues tokens whose logprobs are wanted; `Request.score` has them once it is finished.
 
         Raises:
@@ -359,7 +354,7 @@ class LLM:
         """
         return self._watch(None, [self.engine.add_score(token_ids)], SamplingParams(prompt_logprobs=0))
 
-    def step(self) -> "list[Request]":
+    def step(self) -> list[Request]:
         """One step of the engine; returns the requests that got a token or ended. Stop strings end theirs here."""
         changed: dict[Request, None] = {}
         for sequence in self.engine.step():
@@ -372,7 +367,7 @@ class LLM:
                 changed[request] = None
         return list(changed)
 
-    def abort(self, request: "Request") -> None:
+    def abort(self, request: Request) -> None:
         """Ends a request wherever it is, and forgets it; no other one notices."""
         for sequence in request.sequences:
             self.engine.abort(sequence)
@@ -422,12 +417,12 @@ class LLM:
         params: SamplingParams,
         priority: int = 0,
         constraint: Constraint | None = None,
-    ) -> "Request":
+    ) -> Request:
         queued = self.engine.add(ids, params, priority=priority, constraint=constraint)
         return self._watch(text, queued, params)
 
-    def _watch(self, text: str | None, sequences: list[EngineSequence], params: SamplingParams) -> "Request":
-        request = Request(self, text, sequences, params)
+    def _watch(self, text: str | None, sequences: list[EngineSequence], params: SamplingParams) -> Request:
+        request = Request(self.tokenizer, text, sequences, params, lambda s: self.engine.abort(s, "stop"))
         self._live |= dict.fromkeys(sequences, request)
         return request
 
@@ -461,100 +456,6 @@ class _Watched:
         value = self._checkpoint.read(name)
         self._bar.update()
         return value
-
-
-class Request:
-    """A submitted prompt: its sequences and their text so far."""
-
-    def __init__(self, llm: LLM, prompt: str | None, sequences: list[EngineSequence], params: SamplingParams):
-        self._llm, self._prompt, self._params = llm, prompt, params
-        self.sequences = sequences
-        self.error: Exception | None = None
-        """What went wrong with its text; it is aborted then, and its outputs raise it."""
-        self._text = {s: TextStream(llm.tokenizer, params) for s in sequences}
-        self._told: dict[EngineSequence, tuple[int, int, str | None]] = dict.fromkeys(sequences, (0, 0, None))
-        """Tokens, characters and finish reason that `news` has told of."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether all of its sequences have ended."""
-        return all(s.finish_reason is not None for s in self.sequences)
-
-    def update(self, sequence: EngineSequence) -> None:
-        """Looks for a stop string in a new token; without one, text is decoded when it is asked for."""
-        if not self._params.stop:
-            return
-        stream = self._text[sequence]
-        stream.extend(sequence.tokens, len(sequence.prompt))
-        if stream.stopped_by is not None and sequence.finish_reason in (None, "length", "stop"):
-            self._llm.engine.abort(sequence, "stop")
-            sequence.finish_reason = "stop"
-
-    def output(self) -> RequestOutput:
-        """All of it so far."""
-        return self._output([self._completion(s) for s in self.sequences])
-
-    def news(self) -> RequestOutput:
-        """The output, but of its completions only those that got tokens or ended since the last call, and only that."""
-        found = []
-        for s in self.sequences:
-            tokens, characters, reason = self._told[s]
-            if (s.num_output, s.finish_reason) != (tokens, reason):
-                completion = self._completion(s, tokens)
-                self._told[s] = s.num_output, len(completion.text), s.finish_reason
-                completion.text = completion.text[characters:]
-                found.append(completion)
-        return self._output(found)
-
-    def score(self) -> ScoreOutput:
-        """Logprobs of the prompt's tokens from the second on."""
-        (sequence,) = self.sequences
-        return ScoreOutput(sequence.prompt, [entry[0] for entry in sequence.prompt_logprobs])
-
-    def _output(self, completions: list[CompletionOutput]) -> RequestOutput:
-        if self.error is not None:
-            raise self.error
-        first, p = self.sequences[0], self._params
-        prompt_logprobs = None
-        if p.prompt_logprobs is not None:
-            entries = zip(first.prompt[1:], first.prompt_logprobs, strict=False)
-            prompt_logprobs = [None, *(self._logprobs(token, entry) for token, entry in entries)]
-        return RequestOutput(
-            first.request_id,
-            self._prompt,
-            first.prompt,
-            completions,
-            prompt_logprobs,
-            first.cached,
-        )
-
-    def _completion(self, s: EngineSequence, start: int = 0) -> CompletionOutput:
-        """The whole text, and tokens and what belongs to them from `start` on."""
-        stream, wanted = self._text[s], self._params.logprobs is not None
-        new = s.tokens[len(s.prompt) + start :]
-        stream.extend(s.tokens, len(s.prompt))
-        if s.finish_reason is not None and stream.stopped_by is None:
-            stream.finish(drop_last=s.finish_reason == "stop")
-        return CompletionOutput(
-            index=s.sample_index,
-            text=stream.text,
-            token_ids=new,
-            cumulative_logprob=sum((e[0] for e in s.logprobs), 0.0) if wanted else None,
-            logprobs=[self._logprobs(t, e) for t, e in zip(new, s.logprobs[start:], strict=True)]
-            if wanted
-            else None,
-            finish_reason=s.finish_reason,
-            stop_reason=stream.stopped_by or s.stop_reason,
-            logits=np.stack(s.logits) if s.logits else None,
-        )
-
-    def _logprobs(self, token: int, entry) -> dict[int, Logprob]:
-        logprob, rank, top, top_ids = entry
-        decode = functools.partial(self._llm.tokenizer.decode, skip_special_tokens=False)
-        found = {token: Logprob(logprob, rank, decode([token]))}
-        for place, (value, other) in enumerate(zip(top.tolist(), top_ids.tolist(), strict=True), 1):
-            found.setdefault(other, Logprob(value, place, decode([other])))
-        return found
 
 
 def _load(checkpoint: Checkpoint, dtype: jnp.dtype, backend: str | None, max_model_len: int) -> DecoderLM:

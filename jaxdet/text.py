@@ -21,8 +21,10 @@ class TextStream:
         self.stopped_by: str | None = None
 
     def extend(self, tokens: Sequence[int], start: int = 0) -> None:
-        """Takes all tokens so far, from `start` on; decodes the new ones."""
+        """Takes all tokens so far, from `start` on; decodes the new ones, up to one that completes a stop string."""
         for token in tokens[start + len(self._tokens) :]:
+            if self.stopped_by is not None:
+                break
             self._tokens.append(token)
             self._decoded += self._stream.step(token)
             if len(self._tokens) > self._params.min_tokens:
@@ -30,6 +32,11 @@ class TextStream:
             self._searched = len(self._decoded)
         if self.stopped_by is None:
             self.text = self._decoded[: len(self._decoded) - self._held()]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has taken."""
+        return len(self._tokens)
 
     def finish(self, *, drop_last: bool) -> None:
         """Settles the text: whatever was held back is decoded; `drop_last` leaves out the stop token that ended it."""
@@ -44,7 +51,7 @@ class TextStream:
             at = self._decoded.find(stop, max(0, self._searched - len(stop) + 1))
             if at >= 0:
                 found.append((at, stop))
-        if found and self.stopped_by is None:
+        if found:
             at, stop = min(found)
             self.stopped_by = stop
             self.text = self._decoded[: at + len(stop) * self._params.include_stop_str_in_output]

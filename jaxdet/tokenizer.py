@@ -136,6 +136,22 @@ class Tokenizer:
         except Exception as error:  # a template can divide by zero, too
             raise ValueError(f"messages do not fit the chat template: {_first_line(error)}") from None
 
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> dict[str, Any]:
+        """The conversation as a prompt: {"prompt": text, "prompt_token_ids": ids}.
+
+        Args:
+            messages: [{"role": "user", "content": "…"}, …].
+            template: as for `apply_chat_template`.
+
+        Raises:
+            ValueError: a message has no role, or as for `apply_chat_template`.
+        """
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ValueError(f'messages holds {message!r}; use {{"role": "user", "content": "…"}}')
+        text = self.apply_chat_template(messages, **template)
+        return {"prompt": text, "prompt_token_ids": self.encode(text, add_special_tokens=False)}
+
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json for `from_folder`."""
         self.backend.save(str(folder / "tokenizer.json"))

@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,8 +19,9 @@ import uvicorn
 from openai import AsyncOpenAI, OpenAI
 
 from jaxdet.llm import LLM
-from jaxdet.server import run
-from jaxdet.server.app import Settings, create_app
+from jaxdet.server import http
+from jaxdet.server.app import Model, Settings, create_app
+from jaxdet.server.run import host_of
 
 KEY = "a-key-of-the-tests"
 
@@ -50,20 +52,22 @@ class Served:
 
 
 class Server(Served):
-    """uvicorn in a thread, as `jaxdet serve` runs it."""
+    """Both sides of `jaxdet serve`, each in a thread."""
 
     def __init__(self, llm: LLM, settings: Settings):
         self.llm = llm
-        app = create_app(llm, settings)
+        here, there = socket.socketpair()
+        app = create_app(Model.of(llm), there, settings, on_lost=lambda: None)
         config = uvicorn.Config(app, port=0, log_level="warning")
-        self._server = run.Server(config, app, patience=settings.stall_timeout, drain=60)
-        self._thread = threading.Thread(target=self._server.run)
+        self._server = http.Server(config, app, patience=settings.stall_timeout, drain=60)
+        self._threads = [threading.Thread(target=run) for run in (host_of(llm, here).run, self._server.run)]
 
     def __enter__(self) -> "Server":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         while not self._server.started:
-            assert self._thread.is_alive()
-            self._thread.join(0.01)
+            assert self._threads[1].is_alive()
+            time.sleep(0.01)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self._connect(f"http://127.0.0.1:{port}")
         return self
@@ -71,7 +75,8 @@ class Server(Served):
     def __exit__(self, *_: object) -> None:
         self._disconnect()
         self._server.should_exit = True
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
 
 class Process(Served):
@@ -95,10 +100,14 @@ class Process(Served):
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
+    def wait(self) -> int:
+        """Its exit status."""
+        return self._process.wait(60)
+
     def __exit__(self, *_: object) -> None:
         self._disconnect()
         self.terminate()
-        assert self._process.wait(60) in (0, -signal.SIGTERM), self.log.read_text()
+        assert self.wait() == 0, self.log.read_text()
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ import itertools
 import json
 import threading
 
+import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from serving import serving
 
 from jaxdet.arena.answer import Answer, digest
 from jaxdet.arena.app import MAX_BODY_BYTES, create_app
@@ -16,8 +18,6 @@ from jaxdet.arena.settings import CONTEXT, Settings
 from jaxdet.arena.traffic import batches
 from jaxdet.arena.tree import divergence_tree
 from jaxdet.llm import LLM
-from jaxdet.server.app import Settings as ServerSettings
-from jaxdet.server.app import create_app as create_server
 from jaxdet.testing import VOCAB_SIZE, byte_tokenizer, write_tiny_model
 
 WIDE = {"hidden_size": 576, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -160,13 +160,14 @@ def test_page(client, arena):
 
 def test_the_server_shows_the_page_without_a_key(tmp_path):
     llm = LLM(write_tiny_model(tmp_path / "tiny"), max_model_len=64, num_pages=4)
-    with TestClient(create_server(llm, ServerSettings(api_keys=["secret"]))) as client:
+    with serving(llm, api_keys=["secret"]) as server, httpx.Client(base_url=server.url) as client:
         for path, (_, kind) in FILES.items():
             found = client.get(path)
             assert (found.status_code, found.headers["content-type"]) == (200, kind)
         assert "v1/completions" in client.get("/source.js").text
         assert client.get("/v1/models").status_code == 401  # the control
-        assert not {*FILES} & {*client.app.openapi()["paths"]}
+        schema = client.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()
+        assert not {*FILES} & {*schema["paths"]}
 
 
 def test_the_page_has_the_settings_limits(client):

@@ -12,7 +12,7 @@ import pytest
 from serving import KEY, serving
 
 from jaxdet.llm import LLM
-from jaxdet.server import run
+from jaxdet.server import http
 from jaxdet.testing import write_tiny_model
 
 LIMIT = 2
@@ -109,7 +109,7 @@ def test_clients_that_stop_reading_where_the_kernel_does_not_care(llm, monkeypat
     def small_buffer(listener, _) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
 
-    monkeypatch.setattr(run, "lose_patience", small_buffer)
+    monkeypatch.setattr(http, "lose_patience", small_buffer)
     with (
         serving(llm, stall_timeout=LIMIT) as server,
         cancelled(server, answer(server), after=LIMIT * 0.9) as stack,

@@ -240,17 +240,16 @@ WRITTEN = {
 
 
 @pytest.fixture
-def writes(server, monkeypatch):
+def writes(monkeypatch):
     """Makes the model write a given text, whatever it is asked."""
     read_chat = reader.Reader.chat
 
     def force(text: str) -> None:
-        grammars = JsonGrammars(server.llm.tokenizer, server.llm.engine.step_fn.config.vocab_size)
         parts = [p if p == "[TOOL_CALLS]" else json.dumps(p) for p in text.partition("[TOOL_CALLS]") if p]
         rules = "start: " + " ".join("<[257]>" if p == "[TOOL_CALLS]" else p for p in parts)
 
         def chat(self, body):
-            return dataclasses.replace(read_chat(self, body), constraint=grammars.start(rules, "text"))
+            return dataclasses.replace(read_chat(self, body), grammar=rules)
 
         monkeypatch.setattr(reader.Reader, "chat", chat)
 

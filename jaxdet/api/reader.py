@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxdet.api.errors import ApiError
 from jaxdet.api.protocol import ChatCompletionRequest, CompletionRequest, Prompts, Sampling
 from jaxdet.api.tools import ToolUse, form_of, grammar
 from jaxdet.engine.sequence import Constraint
-from jaxdet.llm import LLM, Prompt, Request
 from jaxdet.sampling_params import SamplingParams
+from jaxdet.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,23 +19,15 @@ class Task:
 
     kind: str
     """"text_completion" or "chat.completion"."""
-    prompts: Sequence[Prompt]
+    prompts: Sequence[dict[str, Any]]
+    """Each {"prompt_token_ids": ids}, with its text as "prompt" if it came as text."""
     params: SamplingParams
     logprobs: int | None
     """How many of the most likely tokens to list."""
-    constraint: Constraint | None
+    grammar: str | None
+    """What answers must follow, as llguidance writes it."""
     tools: ToolUse | None = None
     """The tool calls that its answers may hold."""
-
-    @property
-    def submit(self) -> list[Callable[[LLM], Request]]:
-        """Each hands one of the prompts to an engine."""
-        return [
-            functools.partial(
-                LLM.submit, prompt=prompt, sampling_params=self.params, constraint=self.constraint
-            )
-            for prompt in self.prompts
-        ]
 
     @property
     def size(self) -> int:
@@ -44,21 +36,28 @@ class Task:
 
 
 class Reader:
-    """Checks bodies and prepares them for one LLM; may be used in any thread.
+    """Checks bodies and prepares them for one model; may be used in any thread.
 
     Args:
+        tokenizer: the model's.
+        vocab_size: the model's number of logits.
         name: what requests must call the model.
         max_tokens: the most tokens that one completion may have; None: what max_model_len leaves.
     """
 
-    def __init__(self, llm: LLM, name: str, *, max_tokens: int | None = None):
-        self._llm, self._name, self._most = llm, name, max_tokens
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, name: str, *, max_tokens: int | None = None):
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._name, self._most = name, max_tokens
 
     @functools.cached_property
     def _grammars(self):
         from jaxdet.grammar import JsonGrammars  # llguidance comes with the extra `serve`
 
-        return JsonGrammars(self._llm.tokenizer, self._llm.engine.step_fn.config.vocab_size)
+        return JsonGrammars(self._tokenizer, self._vocab_size)
+
+    def constraint(self, task: Task) -> Constraint | None:
+        """What the engine takes for a task's grammar."""
+        return None if task.grammar is None else self._grammars.start(task.grammar, "grammar")
 
     def completion(self, body: CompletionRequest) -> Task:
         """Raises ApiError or ValueError if the body asks for what can't be."""
@@ -79,15 +78,16 @@ class Reader:
         params = body.sampling_params(
             max_tokens=self._max_tokens(most, None),
             logprobs=wanted,
-            skip_special_tokens=tools is None or not tools.form.is_special(self._llm.tokenizer),
+            skip_special_tokens=tools is None or not tools.form.is_special(self._tokenizer),
         )
-        prompt = self._llm.chat_prompt(**body.template_arguments(), **template)
+        prompt = self._tokenizer.chat_prompt(**body.template_arguments(), **template)
         task = self._task("chat.completion", body, [prompt], params, wanted)
         if tools is not None and (forced := body.forced()):
             several = body.parallel_tool_calls is not False
             schemas = {name: function.arguments_schema() for name, function in forced.items()}
-            rules = grammar(tools.form, schemas, self._llm.tokenizer, several=several)
-            task = dataclasses.replace(task, constraint=self._grammars.start(rules, "tools"))
+            rules = grammar(tools.form, schemas, self._tokenizer, several=several)
+            self._grammars.start(rules, "tools")
+            task = dataclasses.replace(task, grammar=rules)
         return dataclasses.replace(task, tools=tools)
 
     def _tools(self, body: ChatCompletionRequest) -> ToolUse | None:
@@ -95,7 +95,7 @@ class Reader:
         offered, forced = body.functions(), body.forced()
         if not offered:
             return None
-        template = self._llm.tokenizer.chat_template or ""
+        template = self._tokenizer.chat_template or ""
         if "tools" not in template:
             raise ApiError(400, "tools: this model's chat template takes none; leave them out", param="tools")
         form = form_of(template)
@@ -122,7 +122,7 @@ class Reader:
     def encode(self, prompts: Prompts) -> list[dict[str, Any]]:
         """Prompts of the protocol as prompts of the engine."""
         listed: Any = prompts if isinstance(prompts, list) and not isinstance(prompts[0], int) else [prompts]
-        encode = self._llm.tokenizer.encode
+        encode = self._tokenizer.encode
         return [
             {"prompt": p, "prompt_token_ids": encode(p)} if isinstance(p, str) else {"prompt_token_ids": p}
             for p in listed
@@ -144,8 +144,8 @@ class Reader:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream; set it to true", param="stream_options")
         schema = None if body.response_format is None else body.response_format.schema_of_answer()
-        constraint = None if schema is None else self._grammars.compile(schema)
-        return Task(kind, prompts, params, logprobs, constraint)
+        rules = None if schema is None else self._grammars.of_schema(schema)
+        return Task(kind, prompts, params, logprobs, rules)
 
     def _max_tokens(self, asked: int | None, default: int | None) -> int | None:
         most = self._most

@@ -95,7 +95,7 @@ def our_column(
     engine = llm.engine
     for number, batch in enumerate(plan):
         yield Progress(number, 0)
-        traffic = Traffic(number, batch, engine.step_fn.config.vocab_size)
+        traffic = Traffic(number, batch, engine.vocab_size)
         others = traffic.requests()
         answers, crowd = {}, []
         try:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from jaxdet.api.errors import ApiError
 from jaxdet.batch.request import Query, Requests, Result, failure
 from jaxdet.batch.source import Line
-from jaxdet.llm import LLM, Request
+from jaxdet.llm import LLM
+from jaxdet.request import Request
 
 
 class BatchEngine:
@@ -57,8 +58,9 @@ class BatchEngine:
     def _submit(self, query: Query) -> Result | None:
         entry = _Open(query, [])
         try:
-            for submit in query.task.submit:
-                entry.requests.append(submit(self._llm))
+            constraint = self._requests.constraint(query.task)
+            for prompt in query.task.prompts:
+                entry.requests.append(self._llm.submit(prompt, query.task.params, constraint=constraint))
         except ValueError as error:
             for request in entry.requests:
                 self._llm.abort(request)

@@ -71,7 +71,8 @@ class Requests:
 
     def __init__(self, llm: LLM, name: str, defaults: dict[str, Any]):
         self._llm, self._name, self._defaults = llm, name, defaults
-        self._reader = Reader(llm, name)
+        self._reader = Reader(llm.tokenizer, llm.engine.vocab_size, name)
+        self.constraint = self._reader.constraint
         self.fingerprint = fingerprint(llm)
 
     def read(self, line: Line) -> Query | Result:

@@ -62,4 +62,4 @@ def serve(
         max_num_seqs=max_num_seqs,
         seed=seed,
     )
-    run_server(llm, settings, host=host, port=port, drain=drain)
+    raise typer.Exit(run_server(llm, settings, host=host, port=port, drain=drain))

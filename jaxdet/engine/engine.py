@@ -131,10 +131,10 @@ class Engine:
             if drafter != NGRAM:
                 raise ValueError(f"drafter={drafter!r} is unknown; use {NGRAM!r} or a model")
             return NgramDrafter()
-        if drafter.config.vocab_size != self.step_fn.config.vocab_size:
+        if drafter.config.vocab_size != self.vocab_size:
             raise ValueError(
-                f"the drafter has {drafter.config.vocab_size} tokens and the model "
-                f"{self.step_fn.config.vocab_size}; use a drafter of the same family"
+                f"the drafter has {drafter.config.vocab_size} tokens and the model {self.vocab_size}; "
+                "use a drafter of the same family"
             )
         return ModelDrafter(
             Step(drafter),
@@ -234,9 +234,14 @@ class Engine:
         return ids.tolist()
 
     def _check_vocabulary(self, name: str, ids: Iterable[int]) -> None:
-        vocab = self.step_fn.config.vocab_size
+        vocab = self.vocab_size
         if (bad := next((t for t in ids if not 0 <= t < vocab), None)) is not None:
             raise ValueError(f"{name} holds {bad}, outside the vocabulary [0, {vocab}); check the tokenizer")
+
+    @property
+    def vocab_size(self) -> int:
+        """The model's number of logits."""
+        return self.step_fn.config.vocab_size
 
     @property
     def has_work(self) -> bool:
@@ -358,15 +363,15 @@ class Engine:
         if self._drafter:
             self._drafter.follow(batch)
         chosen = arrays.sampled(plan, bucket)
-        adjustments = arrays.adjustments(chosen, bucket.sampled, step.config.vocab_size)
+        adjustments = arrays.adjustments(chosen, bucket.sampled, self.vocab_size)
         adjusted = logits if adjustments is None else step.adjust(logits, adjustments)
-        allowed = arrays.allowed_tokens(chosen, bucket.sampled, step.config.vocab_size)
+        allowed = arrays.allowed_tokens(chosen, bucket.sampled, self.vocab_size)
         adjusted = adjusted if allowed is None else step.restrict(adjusted, allowed)
         slots = arrays.slots_of(chosen, bucket.sampled, self._slots)
         sampling = arrays.sampling_rows(chosen, bucket.sampled)
         tokens, usable, self._last_tokens = step.draw(adjusted, sampling, slots, self._last_tokens)
         scored = any(part.sequence.unscored for part in plan)
-        top = min(MAX_LOGPROBS, step.config.vocab_size)
+        top = min(MAX_LOGPROBS, self.vocab_size)
         logprobs = prompt_logprobs = None
         if any(part.sequence.params.logprobs is not None for part, _ in chosen):
             logprobs = step.logprobs(logits, tokens, top=top)

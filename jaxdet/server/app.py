@@ -6,8 +6,9 @@ import functools
 import importlib.metadata
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -28,11 +29,13 @@ from jaxdet.api.reader import Reader, Task
 from jaxdet.api.responses import Answer, count_usage
 from jaxdet.arena.page import add_page
 from jaxdet.llm import LLM
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.server.client import EngineClient, Job
 from jaxdet.server.errors import install_handlers
 from jaxdet.server.limits import Limits
-from jaxdet.server.loop import EngineLoop, Job
 from jaxdet.server.metrics import Metrics
 from jaxdet.server.stream import DisconnectedError, EventStream, collect
+from jaxdet.tokenizer import Tokenizer
 
 log = logging.getLogger("jaxdet.server")
 
@@ -59,16 +62,52 @@ class Settings:
     log_prompts: bool = False
 
 
-def create_app(llm: LLM, settings: Settings) -> FastAPI:
-    """The server's app; it owns the LLM from now on."""
+class Model(NamedTuple):
+    """What the server knows of the model that the engine runs."""
+
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, llm: LLM) -> Self:
+        return cls(
+            llm.name,
+            llm.tokenizer,
+            llm.engine.vocab_size,
+            llm.max_model_len,
+            llm.engine.scheduler.max_num_seqs,
+            fingerprint(llm),
+        )
+
+
+def create_app(
+    model: Model, connection: socket.socket, settings: Settings, *, on_lost: Callable[[], None]
+) -> FastAPI:
+    """The server's app.
+
+    Args:
+        connection: to the `EngineHost` that runs the model.
+        on_lost: called if the engine goes away by itself.
+    """
     metrics = Metrics()
-    loop = EngineLoop(llm, metrics, max_waiting=settings.max_waiting, timeout=settings.timeout)
+    engine = EngineClient(
+        connection,
+        model.tokenizer,
+        metrics,
+        capacity=model.max_num_seqs + settings.max_waiting,
+        timeout=settings.timeout,
+        on_lost=on_lost,
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loop.start()
+        await engine.start()
         yield
-        await loop.stop()
+        await engine.stop()
 
     app = FastAPI(
         title="jaxdet",
@@ -77,7 +116,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
     )
-    app.state.engine_loop = loop
+    app.state.engine = engine
     app.add_middleware(
         Limits, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes, metrics=metrics
     )
@@ -86,7 +125,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
             CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"]
         )
     install_handlers(app)
-    service = _Service(llm, loop, settings)
+    service = _Service(model, engine, settings)
     for method, path, endpoint in (
         ("GET", "/v1/models", service.models),
         ("GET", "/v1/models/{model:path}", service.model),
@@ -104,7 +143,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        body = metrics.render(await loop.call(LLM.stats), loop.open_sequences)
+        body = metrics.render(await engine.stats(), engine.open_sequences)
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
@@ -113,12 +152,10 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
 class _Service:
     """The endpoints."""
 
-    def __init__(self, llm: LLM, loop: EngineLoop, settings: Settings):
-        self._llm, self._loop, self._settings = llm, loop, settings
-        self._name = settings.served_model_name or llm.name
-        self._fingerprint = fingerprint(llm)
-        self._vocab_size = llm.engine.step_fn.config.vocab_size
-        self._reader = Reader(llm, self._name, max_tokens=settings.max_tokens)
+    def __init__(self, model: Model, engine: EngineClient, settings: Settings):
+        self._model, self._engine, self._settings = model, engine, settings
+        self._name = settings.served_model_name or model.name
+        self._reader = Reader(model.tokenizer, model.vocab_size, self._name, max_tokens=settings.max_tokens)
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model_card()]}
@@ -136,13 +173,10 @@ class _Service:
     async def score(self, body: ScoreRequest, http: Request) -> Any:
         self._reader.check_model(body.model)
         prompts = await run_in_threadpool(self._reader.encode, body.input)
-        submit = [
-            functools.partial(LLM.submit_score, token_ids=prompt["prompt_token_ids"]) for prompt in prompts
-        ]
-        job = Job(submit, len(submit), score=True)
-        await self._loop.open(job)
+        job = Job(prompts, SamplingParams(prompt_logprobs=0), score=True)
+        await self._engine.open(job)
         try:
-            scores = await collect(self._loop, job, http)
+            scores = await collect(self._engine, job, http)
         except DisconnectedError:
             return _nobody()
         data = [
@@ -158,7 +192,7 @@ class _Service:
         return {
             "object": "list",
             "model": self._name,
-            "system_fingerprint": self._fingerprint,
+            "system_fingerprint": self._model.fingerprint,
             "data": data,
             "usage": used,
         }
@@ -170,41 +204,41 @@ class _Service:
             raise ApiError(400, "prompt or messages must be given, and not both; leave one out")
         if body.prompt is not None:
             tokens = await run_in_threadpool(
-                self._llm.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
+                self._model.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens
             )
         else:
             messages = [message.for_template() for message in body.messages or ()]
-            tokens = (await run_in_threadpool(self._llm.chat_prompt, messages))["prompt_token_ids"]
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": self._llm.max_model_len}
+            tokens = (await run_in_threadpool(self._model.tokenizer.chat_prompt, messages))[
+                "prompt_token_ids"
+            ]
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self._model.max_model_len}
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         if body.model is not None:
             self._reader.check_model(body.model)
-        if any(token >= self._vocab_size for token in body.tokens):
-            raise ApiError(400, f"tokens must be in [0, {self._vocab_size}); check the tokenizer")
-        decode = functools.partial(self._llm.tokenizer.decode, skip_special_tokens=False)
+        if any(token >= self._model.vocab_size for token in body.tokens):
+            raise ApiError(400, f"tokens must be in [0, {self._model.vocab_size}); check the tokenizer")
+        decode = functools.partial(self._model.tokenizer.decode, skip_special_tokens=False)
         return {"prompt": await run_in_threadpool(decode, body.tokens)}
 
     async def health(self) -> JSONResponse:
-        return _state(self._loop.running and self._loop.healthy)
+        return _state(self._engine.healthy)
 
     async def ready(self) -> JSONResponse:
         """Whether another request would be taken now."""
-        return _state(
-            self._loop.running and self._loop.healthy and self._loop.open_sequences < self._loop.capacity
-        )
+        return _state(self._engine.healthy and self._engine.open_sequences < self._engine.capacity)
 
     async def _answer(self, task: Task, body: Sampling, http: Request) -> Any:
         if self._settings.log_prompts:
             log.info("prompts: %s", json.dumps(task.prompts))
-        job = Job(task.submit, task.size, stream=bool(body.stream))
-        await self._loop.open(job)
-        answer = Answer(task.kind, self._name, self._fingerprint, task.logprobs, task.tools)
+        job = Job(task.prompts, task.params, task.grammar, stream=bool(body.stream))
+        await self._engine.open(job)
+        answer = Answer(task.kind, self._name, self._model.fingerprint, task.logprobs, task.tools)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(self._loop, job, answer, usage=usage, patience=self._settings.stall_timeout)
+            return EventStream(self._engine, job, answer, usage=usage, patience=self._settings.stall_timeout)
         try:
-            outputs = await collect(self._loop, job, http)
+            outputs = await collect(self._engine, job, http)
         except DisconnectedError:
             return _nobody()
         return JSONResponse(answer.whole(outputs))
@@ -215,8 +249,8 @@ class _Service:
             "object": "model",
             "created": 0,
             "owned_by": "jaxdet",
-            "max_model_len": self._llm.max_model_len,
-            "system_fingerprint": self._fingerprint,
+            "max_model_len": self._model.max_model_len,
+            "system_fingerprint": self._model.fingerprint,
         }
 
 

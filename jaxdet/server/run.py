@@ -1,81 +1,70 @@
-"""Runs the app in uvicorn until SIGINT or SIGTERM."""
+"""`jaxdet serve`: the engine here, HTTP in a process beside it."""
 
-import asyncio
+import contextlib
+import functools
+import os
+import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
 
-import uvicorn
-from fastapi import FastAPI
-from uvicorn.config import LOGGING_CONFIG
-
+from jaxdet.grammar import JsonGrammars
 from jaxdet.llm import LLM
-from jaxdet.server.app import Settings, create_app
+from jaxdet.server.app import Model, Settings
+from jaxdet.server.host import EngineHost
+from jaxdet.server.http import Serve
+from jaxdet.server.messages import pack
 
-BACKSTOP_SECONDS = 5
-"""After a drain: for the last words to requests that were cut off."""
-
-
-class Server(uvicorn.Server):
-    """uvicorn, whose connections end when their client takes nothing any more or is gone without a word.
-
-    Args:
-        config: of uvicorn.
-        app: the one that it runs, from `create_app`.
-        patience: seconds until then.
-        drain: seconds that running requests have to end once the server was told to stop.
-    """
-
-    def __init__(self, config: uvicorn.Config, app: FastAPI, *, patience: float, drain: float):
-        super().__init__(config)
-        self._app, self._patience, self._drain = app, patience, drain
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for server in self.servers:
-            for listener in server.sockets:
-                lose_patience(listener, self._patience)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Uvicorn's own limit would cancel requests without an answer.
-        asyncio.get_running_loop().call_later(self._drain, self._app.state.engine_loop.cut_off)
-        await super().shutdown(sockets)
+STOPPING = signal.SIGINT, signal.SIGTERM
 
 
-def lose_patience(listener: socket.socket, seconds: float) -> None:
-    """Lets the kernel end connections whose other side doesn't answer, or has no room for data, for so long.
+def host_of(llm: LLM, connection: socket.socket) -> EngineHost:
+    """What runs the LLM's engine for the other end of a connection."""
 
-    Connections get these options from the socket that listens. Without TCP_USER_TIMEOUT, which is Linux', only
-    EventStream notices who takes no data, once the kernel's buffers are full.
-    """
-    whole = max(1, round(seconds / 4))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", whole),
-        ("TCP_KEEPINTVL", whole),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", round(seconds * 1000)),
-    ):
-        if hasattr(socket, name):
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    @functools.cache
+    def grammars() -> JsonGrammars:
+        return JsonGrammars(llm.tokenizer, llm.engine.vocab_size)
+
+    return EngineHost(llm.engine, lambda grammar: grammars().start(grammar, "grammar"), connection)
 
 
-def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int) -> None:
+def start_http(asked: Serve) -> tuple[subprocess.Popen, socket.socket]:
+    """A process that serves, and the connection on which it awaits an `EngineHost`; it ends with the connection."""
+    here, there = socket.socketpair()
+    here.sendall(pack(asked))
+    with there:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxdet.server.http", str(there.fileno())],
+            pass_fds=[there.fileno()],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the accelerator is the engine's
+            process_group=0,  # so that Ctrl-C reaches it once, through here
+        )
+    return process, here
+
+
+def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int) -> int:
     """Serves until it is told to stop; then no connection is accepted and those that are open may end.
 
     Args:
         drain: seconds that they have; what still runs after that gets an error.
+
+    Returns:
+        The exit status: 0 if it was told to stop.
     """
-    ours = {"jaxdet.server": {"handlers": ["default"], "level": "INFO", "propagate": False}}
-    app = create_app(llm, settings)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        timeout_graceful_shutdown=drain + BACKSTOP_SECONDS,
-        server_header=False,
-        log_config=LOGGING_CONFIG | {"loggers": LOGGING_CONFIG["loggers"] | ours},
-    )
-    server = Server(config, app, patience=settings.stall_timeout, drain=drain)
-    server.run()
-    if not server.started:
-        sys.exit(1)
+    process, connection = start_http(Serve(Model.of(llm), settings, host, port, drain))
+    with _forwarding(process):
+        host_of(llm, connection).run()
+        status = process.wait()
+    return 0 if -status in STOPPING else 1 if status else 0
+
+
+@contextlib.contextmanager
+def _forwarding(process: subprocess.Popen) -> Iterator[None]:
+    """Signals that end the server go to the process that knows of requests."""
+    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

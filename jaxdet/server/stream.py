@@ -12,8 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from jaxdet.api.responses import Answer, Stream, count_usage
 from jaxdet.outputs import RequestOutput
+from jaxdet.server.client import EngineClient, Job
 from jaxdet.server.errors import api_error
-from jaxdet.server.loop import EngineLoop, Job
 
 log = logging.getLogger("jaxdet.server")
 
@@ -25,13 +25,13 @@ class DisconnectedError(Exception):
 class EventStream(StreamingResponse):
     """The chunks of a job that is open already; closes it, however it ends."""
 
-    def __init__(self, loop: EngineLoop, job: Job, answer: Answer, *, usage: bool, patience: float):
+    def __init__(self, engine: EngineClient, job: Job, answer: Answer, *, usage: bool, patience: float):
         super().__init__(
-            _events(loop, job, answer, usage=usage),
+            _events(engine, job, answer, usage=usage),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._loop, self._job, self._patience = loop, job, patience
+        self._engine, self._job, self._patience = engine, job, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
@@ -43,10 +43,10 @@ class EventStream(StreamingResponse):
         except TimeoutError:
             log.warning("a stream was cut off: its client took nothing for %g s", self._patience)
         finally:
-            self._loop.close(self._job)
+            self._engine.close(self._job)
 
 
-async def collect(loop: EngineLoop, job: Job, http: Request) -> list[Any]:
+async def collect(engine: EngineClient, job: Job, http: Request) -> list[Any]:
     """The last update of every prompt of an open job, which is closed then.
 
     Raises:
@@ -56,9 +56,9 @@ async def collect(loop: EngineLoop, job: Job, http: Request) -> list[Any]:
 
     async def all_of_them() -> list[Any]:
         found: dict[int, Any] = {}
-        async for updates in loop.updates(job):
+        async for updates in engine.updates(job):
             found |= {update.place: update.output for update in updates}
-        return [found[index] for index in range(len(job.submit))]
+        return [found[index] for index in range(len(job.prompts))]
 
     work, gone = asyncio.ensure_future(all_of_them()), asyncio.ensure_future(_disconnect(http))
     try:
@@ -69,7 +69,7 @@ async def collect(loop: EngineLoop, job: Job, http: Request) -> list[Any]:
     finally:
         work.cancel()
         gone.cancel()
-        loop.close(job)
+        engine.close(job)
 
 
 async def _disconnect(http: Request) -> None:
@@ -77,13 +77,13 @@ async def _disconnect(http: Request) -> None:
         pass
 
 
-async def _events(loop: EngineLoop, job: Job, answer: Answer, *, usage: bool) -> AsyncIterator[bytes]:
+async def _events(engine: EngineClient, job: Job, answer: Answer, *, usage: bool) -> AsyncIterator[bytes]:
     """What each look at the job finds, in one piece: a client that lags gets fewer and longer ones."""
     try:
         prompts: dict[int, RequestOutput] = {}
-        tokens, per_prompt = 0, job.size // len(job.submit)
+        tokens, per_prompt = 0, job.params.n
         stream = Stream(answer)
-        async for updates in loop.updates(job):
+        async for updates in engine.updates(job):
             events: list[str] = []
             for update in updates:
                 assert isinstance(update.output, RequestOutput)

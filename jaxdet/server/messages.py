@@ -1,0 +1,93 @@
+"""What the HTTP process and the engine's tell each other, over a socket that nobody else has.
+
+Pickled, after its length in four bytes: both ends are this program, started by itself.
+"""
+
+import pickle
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxdet.engine.stats import EngineStats
+from jaxdet.request import Entry
+from jaxdet.sampling_params import SamplingParams
+
+LENGTH = struct.Struct("<I")
+
+
+class Open(NamedTuple):
+    """Runs prompts. Their sequences are known by numbers from `first` on: the first prompt's, then the second's, ..."""
+
+    first: int
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    grammar: str | None = None
+    """What answers must follow, as llguidance writes it."""
+    score: bool = False
+    """Only the prompts' logprobs are wanted."""
+
+
+class Close(NamedTuple):
+    """Ends sequences."""
+
+    numbers: Sequence[int]
+    reason: str
+
+
+class Ask(NamedTuple):
+    """Wants the engine's statistics."""
+
+
+class Opened(NamedTuple):
+    """All prompts of an `Open` run."""
+
+    first: int
+
+
+class Refused(NamedTuple):
+    """None of them does."""
+
+    first: int
+    error: Exception
+
+
+class Failed(NamedTuple):
+    """The engine gave these sequences up."""
+
+    numbers: Sequence[int]
+
+
+class Told(NamedTuple):
+    """What the engine has done."""
+
+    stats: EngineStats
+
+
+class Growth(NamedTuple):
+    """What came with a sequence's new tokens, if anything did."""
+
+    finish_reason: str | None
+    stop_reason: int | None
+    cached: int
+    logprobs: list[Entry]
+    """Of the new tokens, if they were asked for."""
+    prompt_logprobs: list[Entry]
+    """Of the whole prompt, for scores."""
+
+
+class Grown(NamedTuple):
+    """What sequences have got since the last word of them."""
+
+    sequences: list[tuple[int, list[int], tuple | None]]
+    """Number, tokens, and a Growth as a plain tuple: pickling those takes a third of the time."""
+    healthy: bool
+
+
+def pack(message: Any) -> bytes:
+    """The message as it goes over the socket."""
+    body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    return LENGTH.pack(len(body)) + body
+
+
+unpack = pickle.loads
+"""The message of a body."""

@@ -1,0 +1,149 @@
+"""The engine's process and HTTP's: one that lags costs the other nothing, and neither outlives the other."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import psutil
+import pytest
+from serving import KEY, Process
+
+from jaxdet.llm import LLM
+from jaxdet.request import Request
+from jaxdet.sampling_params import SamplingParams
+from jaxdet.server.messages import LENGTH, Close, Grown, Open, Opened, pack, unpack
+from jaxdet.server.run import host_of
+from jaxdet.testing import write_tiny_model
+
+LONG = {"model": "tiny", "prompt": "The sea is", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder, max_num_seqs=4, max_model_len=1024)
+
+
+class Peer:
+    """The other end of a host's connection."""
+
+    def __init__(self, llm: LLM):
+        here, self._there = socket.socketpair()
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little room as there can be
+        self._stream = self._there.makefile("rb")
+        self._thread = threading.Thread(target=host_of(llm, here).run)
+        self._thread.start()
+
+    def send(self, message) -> None:
+        self._there.sendall(pack(message))
+
+    def receive(self):
+        (size,) = LENGTH.unpack(self._stream.read(LENGTH.size))
+        return unpack(self._stream.read(size))
+
+    def close(self) -> None:
+        self._stream.close()
+        self._there.close()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def peer(llm):
+    peer = Peer(llm)
+    yield peer
+    peer.close()
+
+
+def test_the_engine_does_not_wait_for_a_reader_that_lags(llm, peer):
+    """It runs to the end; what had no room is told later, in few words, and every token of it."""
+    params = SamplingParams(max_tokens=900, ignore_eos=True, seed=1, n=3, logprobs=2)
+    prompt = llm.tokenizer.encode("The sea is")
+    steps = llm.stats().steps
+    peer.send(Open(0, [prompt], params))
+    while llm.stats().steps < steps + 900:
+        time.sleep(0.05)
+    assert peer.receive() == Opened(0)
+    tokens, logprobs, words = {n: [] for n in range(3)}, {n: [] for n in range(3)}, 0
+    reasons = {}
+    while len(reasons) < 3:
+        message = peer.receive()
+        assert isinstance(message, Grown) and message.healthy
+        words += 1
+        for number, new, growth in message.sequences:
+            tokens[number] += new
+            assert growth is not None
+            logprobs[number] += growth[3]
+            if growth[0]:
+                reasons[number] = growth[0]
+    assert words < 300 and set(reasons.values()) == {"length"}
+    (expected,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    for completion in expected.outputs:
+        assert tokens[completion.index] == completion.token_ids
+        found = [entry[0] for entry in logprobs[completion.index]]
+        assert found == [e[t].logprob for t, e in zip(completion.token_ids, completion.logprobs, strict=True)]
+
+
+def test_what_is_closed_is_forgotten(llm, peer):
+    """Whatever arrives for it later is about nobody, and the connection's end ends the rest."""
+    params = SamplingParams(max_tokens=900, ignore_eos=True)
+    for first in (0, 1):
+        peer.send(Open(first, [[5, 6, 7]], params))
+    peer.send(Close([0, 77], "abort"))
+    opened = set()
+    while len(opened) < 2:
+        if isinstance(message := peer.receive(), Opened):
+            opened.add(message.first)
+    seen = [n for _ in range(5) if isinstance(m := peer.receive(), Grown) for n, _, _ in m.sequences]
+    assert seen and set(seen) == {1}
+    peer.close()
+    assert not llm.engine.has_work and llm.stats().pages_in_use == 0
+
+
+def test_tokens_after_a_stop_string_are_dropped(llm):
+    """Several come at once where tokens were guessed, or where the engine ran on before it heard of the end."""
+    params = SamplingParams(max_tokens=40, seed=3, ignore_eos=True, logprobs=1)
+    (whole,) = llm.generate(["The sea is"], params, use_tqdm=False)
+    stopping = SamplingParams(**vars(params) | {"stop": whole.outputs[0].text[9:12]})
+    (expected,) = llm.generate(["The sea is"], stopping, use_tqdm=False)
+    ended = expected.outputs[0]
+    assert ended.finish_reason == "stop" and len(ended.token_ids) < 40
+    running = llm.submit("The sea is", params)
+    while not running.finished:
+        llm.step()
+    (sequence,) = running.sequences
+    sequence.finish_reason = None
+    aborted = []
+    request = Request(llm.tokenizer, "The sea is", [sequence], stopping, aborted.append)
+    request.update(sequence)
+    assert aborted == [sequence]
+    assert request.output().outputs == [ended]
+
+
+@pytest.mark.parametrize("victim", ["http", "engine"])
+def test_neither_process_outlives_the_other(folder, tmp_path, victim):
+    process = Process(folder, tmp_path / "log", "--served-model-name", "tiny", "--max-model-len", "2048")
+    main = psutil.Process(process.pid)
+    (http,) = [child for child in main.children() if "jaxdet.server.http" in child.cmdline()]
+    stream = iter(process.client.completions.create(**LONG, stream=True))
+    next(stream)
+    os.kill(http.pid if victim == "http" else main.pid, signal.SIGKILL)
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        list(stream)
+    status = process.wait()
+    assert status == (1 if victim == "http" else -signal.SIGKILL), process.log.read_text()
+    psutil.wait_procs([http], timeout=60)
+    assert not http.is_running()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{process.url}/health", headers={"Authorization": f"Bearer {KEY}"})
+    if victim == "engine":
+        assert "the engine is gone" in process.log.read_text()
+    assert "Traceback" not in process.log.read_text()
