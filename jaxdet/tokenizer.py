@@ -156,6 +156,7 @@ class Tokenizer:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json for `from_folder`."""
         self.backend.save(str(folder / "tokenizer.json"))
         config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # or transformers builds one of the model's family
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "add_bos_token": self.add_bos,

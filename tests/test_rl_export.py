@@ -124,3 +124,27 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"holds NaN or inf"):
         load(tmp_path / "nan")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_it(tmp_path, family):
+    """Where torch and transformers are installed, which nothing here asks for."""
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    folder = write_tiny_model(tmp_path / "model", family)
+    llm = LLM(folder, dtype="float32", max_model_len=128, num_pages=3)
+    before = logprobs(llm)
+    llm.update_weights(trained(llm))
+    export(tmp_path / "out", llm, folder, progress=False)
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="float32", output_loading_info=True
+    )
+    assert not any(loading.values()), "every tensor has its place, and every place its tensor"
+    with torch.no_grad():
+        found = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0, 1:-1], -1)
+    theirs = found.numpy()[np.arange(len(PROMPT) - 2), PROMPT[2:]]
+    np.testing.assert_allclose(logprobs(llm), theirs, rtol=0, atol=1e-4)
+    assert np.abs(before - theirs).max() > 0.1, "it would see other weights"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.encode("Héllo", add_special_tokens=False) == llm.tokenizer.encode("Héllo")
+    assert tokenizer.eos_token == llm.tokenizer.eos_token
