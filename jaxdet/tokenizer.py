@@ -22,6 +22,7 @@ class Tokenizer:
         bos_token, eos_token: special tokens, as text.
         eos_token_ids: every id that ends an answer.
         chat_template: jinja source, or None.
+        tool_template: the one for conversations with tools, if there is another ("tool_use").
         add_bos: put the bos token first when the tokenizer itself does not.
     """
 
@@ -33,13 +34,14 @@ class Tokenizer:
         eos_token: str | None,
         eos_token_ids: Sequence[int],
         chat_template: str | None,
+        tool_template: str | None = None,
         add_bos: bool = False,
     ):
         self.backend = backend
         self.bos_token, self.eos_token = bos_token, eos_token
         self.bos_token_id = backend.token_to_id(bos_token) if bos_token else None
         self.eos_token_ids = tuple(eos_token_ids)
-        self.chat_template = chat_template
+        self.chat_template, self.tool_template = chat_template, tool_template
         self.add_bos = add_bos and self.bos_token_id is not None
 
     @classmethod
@@ -62,7 +64,7 @@ class Tokenizer:
             read_json(folder / name)
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         )
-        template = _template(config)
+        template, tool_template = (_template(config, name) for name in ("default", "tool_use"))
         if (jinja := folder / "chat_template.jinja").exists():
             try:
                 template = jinja.read_text(encoding="utf-8")
@@ -81,6 +83,7 @@ class Tokenizer:
             eos_token=eos,
             eos_token_ids=sorted(i for i in ids if i is not None),
             chat_template=template,
+            tool_template=tool_template,
             add_bos=bool(config.get("add_bos_token")),
         )
 
@@ -107,6 +110,10 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def template_for(self, tools: object) -> str | None:
+        """The chat template of a conversation with these tools, if any."""
+        return (self.tool_template if tools else None) or self.chat_template
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -120,12 +127,13 @@ class Tokenizer:
         Raises:
             ValueError: the model has no chat template, or the template refuses the messages.
         """
-        if not self.chat_template:
+        template = self.template_for(tools)
+        if not template:
             raise ValueError(
                 "messages need a chat template and this model has none; use generate with a prompt"
             )
         try:
-            return _compiled(self.chat_template).render(
+            return _compiled(template).render(
                 messages=messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -155,12 +163,14 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json for `from_folder`."""
         self.backend.save(str(folder / "tokenizer.json"))
+        templates = {"default": self.chat_template, "tool_use": self.tool_template}
+        named = [{"name": name, "template": text} for name, text in templates.items() if text]
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # or transformers builds one of the model's family
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "add_bos_token": self.add_bos,
-            "chat_template": self.chat_template,
+            "chat_template": named if self.tool_template else self.chat_template,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
         generation = {"bos_token_id": self.bos_token_id, "eos_token_id": list(self.eos_token_ids)}
@@ -218,11 +228,12 @@ def _special(config: Mapping[str, Any], key: str) -> str | None:
     return text
 
 
-def _template(config: Mapping[str, Any]) -> str | None:
-    """The chat template, or the one named "default" of several."""
-    given = template = config.get("chat_template")
+def _template(config: Mapping[str, Any], name: str) -> str | None:
+    """The chat template of that name; one without a name is the default one."""
+    given = config.get("chat_template")
+    template = given if name == "default" else None
     if isinstance(given, list) and all(isinstance(t, dict) for t in given):
-        template = next((t.get("template") for t in given if t.get("name") == "default"), None)
+        template = next((t.get("template") for t in given if t.get("name") == name), None)
     if not isinstance(template, str | None):
         raise ValueError(
             f"tokenizer_config.json: chat_template={given!r} must be a string or a list of named templates; "

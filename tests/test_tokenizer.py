@@ -248,6 +248,10 @@ def test_fields_as_they_are_written(tmp_path: Path):
     fields = {"bos_token": {"content": "b"}, "eos_token": "c", "chat_template": templates}
     found = Tokenizer.from_folder(saved(tmp_path, tokenizer_config=fields, generation_config={}))
     assert (found.bos_token_id, found.eos_token_ids, found.chat_template) == (1, (2,), "d")
+    assert [found.apply_chat_template(USER, tools=tools) for tools in (None, [], [{}])] == ["d", "d", "t"]
+    (again := tmp_path / "again").mkdir()
+    found.save(again)
+    assert Tokenizer.from_folder(again).tool_template == "t"
     for ids in (3, [3], [3, 2]):
         assert Tokenizer.from_folder(saved(tmp_path, config={"eos_token_id": ids})).eos_token_ids == (2, 3)
     empty = {"bos_token": None, "eos_token": None, "chat_template": None}

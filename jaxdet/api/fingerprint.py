@@ -31,7 +31,10 @@ def fingerprint(llm: LLM) -> str:
         "max_model_len": llm.max_model_len,
         "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
         "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_ids, tokenizer.add_bos],
-        "chat_template": tokenizer.chat_template,
+        "chat_template": [tokenizer.chat_template, tokenizer.tool_template],
+        "version": importlib.metadata.version(
+            "jaxdet"
+        ),  # of how stop strings end and what tools' calls follow
         "llguidance": grammars,
     }
     return "fp_" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -95,7 +95,7 @@ class Reader:
         offered, forced = body.functions(), body.forced()
         if not offered:
             return None
-        template = self._tokenizer.chat_template or ""
+        template = self._tokenizer.template_for(offered) or ""
         if "tools" not in template:
             raise ApiError(400, "tools: this model's chat template takes none; leave them out", param="tools")
         form = form_of(template)

@@ -61,6 +61,7 @@ def _build(get: Callable[..., Any], kind: str, pre: str, tokens: list[str]) -> T
         eos_token=None if eos is None else tokens[eos],
         eos_token_ids=sorted(i for i in ends if i is not None),
         chat_template=get("chat_template"),
+        tool_template=get("chat_template.tool_use"),
         add_bos=bool(get("ggml.add_bos_token", kind == "llama")),
     )
 
