@@ -5,12 +5,16 @@ micro-batches are cut, is the kernel's.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxdet.rl import GradientSums, accumulate, pack
+from jaxdet.testing import COMMON, FAMILIES, random_model
 from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.gradient import Trained
 from pallas_kernels.matmul import backward_sm90 as backward
@@ -108,7 +112,7 @@ def test_gradients_of_the_ops_are_close_to_float64():
     def ours(f, x, value, gradient):
         loss = lambda x, g: jnp.sum(f(x, Trained(value, g)) * c.astype(jnp.float32))  # noqa: E731
         with gpu_interpreter():
-            return jax.jit(jax.grad(loss, (0, 1)))(x, gradient)
+            return jax.grad(loss, (0, 1))(x, gradient)
 
     options = {"n": 96, "out_dtype": jnp.float32, "backend": "mosaic_gpu"}
     plain = ours(functools.partial(matmul, **options), x, kernel.pack(w), kernel.pack(start))
@@ -142,3 +146,21 @@ def test_every_tile_lowers_for_cuda(tile, k, n):
         (functools.partial(backward.weight_gradient, tile=tile), (struct(packed, jnp.float32), x, dy)),
     ):
         jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.slow
+def test_a_trainers_step_lowers_for_cuda_with_every_kernel():
+    """Rematerialised, with the sums donated: no gradient is XLA's that has a kernel."""
+    config = {"model_type": "qwen3"} | COMMON | FAMILIES["qwen3"] | {"head_dim": 64, "num_hidden_layers": 1}
+    model = random_model(config, dtype=jnp.bfloat16, backend="mosaic_gpu", max_model_len=256)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    micro, _ = pack([[1] * 130, [2] * 5], 256)[0]
+
+    def step(sums, params, micro):
+        trained = nnx.merge(graph, params, rest)
+        return accumulate(trained, sums, micro, lambda values, _: (jnp.sum(values), None), remat=True)[0]
+
+    traced = jax.jit(step, donate_argnums=0).trace(GradientSums.zeros(params), params, micro)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name, least in (("dw_", 5), ("dx_", 5), ("attention_dq", 1), ("attention_dkv", 1)):
+        assert len(set(re.findall(rf"{name}\w*_mosaic_gpu", program))) >= least, name

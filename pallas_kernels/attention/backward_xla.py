@@ -13,14 +13,11 @@ from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import dot_f32, pin, row_sum
 
 
-def attention(static, operands, d_out):
-    """Cotangents of (q, k_pages, v_pages, block_tables, query_start, seq_lens)."""
-    scale, window, soft_cap, *_ = static
-    q, k_pages, v_pages, block_tables, query_start, seq_lens = operands
+def attention(q, k_pages, v_pages, block_tables, query_start, seq_lens, d_out, *, scale, window, soft_cap):
+    """(dq, dk, dv) in the dtypes and shapes of q, k_pages and v_pages."""
     tokens, heads, dim = q.shape
     kv_heads, page = k_pages.shape[1:3]
     group, tile = heads // kv_heads, GRADIENT_ROWS
-    block_tables, query_start, seq_lens = map(jnp.asarray, (block_tables, query_start, seq_lens))
 
     def one_tile(sums, where):
         owner, start = where
@@ -110,4 +107,4 @@ def attention(static, operands, d_out):
     start = tuple(jnp.zeros(pages.shape, jnp.float32) for pages in (k_pages, v_pages))
     (dk, dv), (dq, rows) = lax.scan(one_tile, start, where)
     dq = jnp.zeros_like(q).at[rows.reshape(-1)].set(dq.reshape(-1, heads, dim), mode="drop")
-    return dq, dk.astype(k_pages.dtype), dv.astype(v_pages.dtype), None, None, None
+    return dq, dk.astype(k_pages.dtype), dv.astype(v_pages.dtype)

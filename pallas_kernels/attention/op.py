@@ -35,6 +35,10 @@ def attention(
       `seq_lens`. A value before that must be finite: 0 · NaN makes a row NaN that loads the same block of keys
       (`segments_sm90.BLOCK`) without seeing it: earlier rows of the same prefill, or rows whose window has left it.
 
+    Gradients depend on the sequence alone, too. Without atomics: dq adds up over ascending keys; dk and dv over
+    ascending queries, in a tile of 64 over ascending heads of the group (elsewhere than on "mosaic_gpu" a tile's rows
+    and heads are one sum); a page that sequences share over those in ascending order.
+
     Args:
         q: queries of all sequences, one after the other.
         k_pages, v_pages: cache pages of PAGE_SIZE keys, already holding this step's keys and values.

@@ -294,8 +294,12 @@ def _product(tiles, steps, load, start, finish, *, groups, right, turned, copies
                 def interpreted(i, acc):  # which starts no accumulator from a value
                     slot = lax.rem(first + i, jnp.int32(stages))
                     plgpu.barrier_wait(full.at[slot])
-                    a, b = operands(slot)
-                    acc = acc + lax.dot(a[...], b[...], preferred_element_type=jnp.float32)
+
+                    def multiply(ref):
+                        plgpu.wgmma(ref, *operands(slot))
+                        return ref[...]
+
+                    acc = acc + pl.run_scoped(multiply, plgpu.ACC((64, wide), jnp.float32))
                     release(first + i)
                     return acc
 

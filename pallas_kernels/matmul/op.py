@@ -79,6 +79,11 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """y = x · w (+ bias) (+ residual), accumulated in float32 in ascending k and rounded once, at the end.
 
+    Its gradient by w adds rows in ascending order to the sum that `Trained` brings, in float32: wherever a batch is cut
+    at a multiple of GRADIENT_ROWS rows, the bits are the same. With "mosaic_gpu" products join the sum one wgmma step
+    of 16 rows after the other; elsewhere 64 rows are summed apart, and then added. A row whose dy is all zero adds
+    nothing, even if its x is NaN. The gradient by x is dy · wᵀ, a sum over ascending columns.
+
     Args:
         x: rows in float32, bfloat16 or float16; row m of the result depends on row m of `x` alone.
         packed: the [K, N] weights as `pack` laid them out, in x's dtype.
@@ -105,6 +110,9 @@ def gated_matmul(
     backend: str | None = None,
 ) -> Float[Array, "M F"]:
     """act(x · w_gate) · (x · w_up), all in float32 and rounded once.
+
+    Its gradient is `matmul`'s, of both halves, which are computed again. That by x adds gate's columns and then up's;
+    with "mosaic_gpu" 32 of gate, 32 of up, and so on.
 
     Args:
         x: rows [M, K].

@@ -1,0 +1,97 @@
+"""The Hopper gradient of attention without a GPU: interpreted on small shapes, lowered for CUDA on real ones."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import backward_sm90 as backward
+from pallas_kernels.attention import backward_tiles_sm90 as places
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_interpreted():
+    """With threads for every warpgroup: on two cores XLA has two, and the interpreter would wait for a third."""
+    tests = pathlib.Path(__file__).with_name("interpreted_backward_attention.py")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(tests)]
+    run = subprocess.run(
+        command, env=os.environ | {"NPROC": "8"}, timeout=590, check=False, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout
+    assert "3 passed" in run.stdout
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 150])
+def test_every_query_meets_the_keys_that_it_sees_once(window):
+    """Against counting one by one: empty sequences, cached prefixes, a shared page, sequences at any row."""
+    counts, lens = np.array([70, 0, 130, 1, 200]), np.array([70, 0, 330, 129, 200])
+    tables = np.array([[3, 0, 0], [0, 0, 0], [4, 1, 7], [4, 5, 0], [2, 6, 0]])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    tokens, (table, start, length) = 410, (jnp.asarray(x, jnp.int32) for x in (tables, starts, lens))
+    rows = jnp.arange(1, tokens + 1, dtype=jnp.float32)[:, None, None]
+    met = 0
+    for tile, keys in ((64, 64), (128, 128)):
+        queries = places.query_tiles(start, length, tokens, tile)
+        spread = np.asarray(places.to_tiles(rows, queries))[:, 0, 0]
+        np.testing.assert_array_equal(
+            places.to_rows(places.to_tiles(rows, queries), queries)[:401], rows[:401]
+        )
+        found = jax.tree.map(
+            np.asarray, places.key_tiles(table, start, length, queries, (8, 128), keys, window)
+        )
+        pairs = [[], []]
+        for number in range(8 * 128 // keys):
+            entry, left = found.first[number], found.chunks[number]
+            while left > 0:
+                for chunk in range(found.count[entry]):
+                    at = (found.place[entry] + chunk) * 64 + np.arange(64)
+                    query = found.ahead[entry] + chunk * 64 + np.arange(64)[:, None]
+                    key = np.arange(keys)
+                    seen = (key <= query) & (key < found.live[entry]) & (spread[at] > 0)[:, None]
+                    if window is not None:
+                        seen &= key + window > query
+                    i, j = np.nonzero(seen)
+                    pairs[0].append(spread[at[i]].astype(int) - 1)
+                    pairs[1].append(number * keys + j)
+                left -= found.count[entry]
+                entry += 1
+            assert left == 0
+        row, key = map(np.concatenate, pairs)
+        order = np.argsort(key, kind="stable")
+        same = np.diff(key[order]) == 0
+        assert (np.diff(row[order])[same] > 0).all(), "a key meets queries in ascending order"
+        ends = np.concatenate([lens[s] - counts[s] + 1 + np.arange(counts[s]) for s in range(len(lens))])
+        begins = np.maximum(ends - (window or 10**6), 0)
+        owner = np.repeat(np.arange(len(lens)), counts)
+        expected = [
+            i * 10**6 + tables[owner[i], at // 128] * 128 + at % 128
+            for i, at in enumerate(map(np.arange, begins, ends))
+        ]
+        np.testing.assert_array_equal(np.sort(row * 10**6 + key), np.sort(np.concatenate(expected)))
+        met += len(row)
+    assert met > 800
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "option"),
+    [
+        (128, {"window": 200, "soft_cap": 30.0}),
+        *(pytest.param(dim, {}, marks=pytest.mark.slow) for dim in (64, 96, 256)),
+        pytest.param(256, {"window": 200, "soft_cap": 30.0}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_it_lowers_for_cuda(head_dim, option):
+    half, int32 = jnp.bfloat16, jnp.int32
+    pages = jax.ShapeDtypeStruct((9, 2, 128, head_dim), half)
+    q = jax.ShapeDtypeStruct((300, 8, head_dim), half)
+    indices = (jax.ShapeDtypeStruct(shape, int32) for shape in ((3, 8), (4,), (3,)))
+    call = functools.partial(backward.attention, scale=0.125, **{"window": None, "soft_cap": None} | option)
+    jax.jit(call).trace(q, pages, pages, *indices, q).lower(lowering_platforms=("cuda",))
