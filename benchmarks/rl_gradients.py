@@ -29,6 +29,7 @@ from jaxdet import LLM
 from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import Checkpoint, open_checkpoint
 from jaxdet.models.origins import origins
+from jaxdet.models.registry import family_of
 from jaxdet.rl.grpo import GRPOConfig, _accumulation, _micro_batches, _seed, _zeros, prompt_order
 from jaxdet.rl.rollouts import Sample, sample
 from jaxdet.testing import write_tiny_model
@@ -82,7 +83,8 @@ def follow(checkpoint: Checkpoint, llm: LLM, seed: int, steps: int) -> list[dict
     """One run of ours; figures of every step."""
     task, step_fn = rl_on_policy.digits(llm), llm.engine.step_fn
     config = GRPOConfig(max_tokens=task.max_tokens, seed=seed, micro_batch_tokens=2048)
-    places = dict(nnx.to_flat_state(origins(step_fn.config, step_fn.dtype, step_fn.backend)))
+    family = family_of(checkpoint.config)
+    places = dict(nnx.to_flat_state(origins(family, step_fn.config, step_fn.dtype, step_fn.backend)))
 
     def named(tree: Any) -> Tensors:
         found = {}

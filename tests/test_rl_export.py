@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxdet import LLM
 from jaxdet.checkpoints import open_checkpoint
 from jaxdet.models.origins import origins
-from jaxdet.models.registry import FAMILIES as FAMILY_CLASSES
+from jaxdet.models.qwen3 import Qwen3
 from jaxdet.models.weights import Weights
 from jaxdet.rl.export import export
 from jaxdet.testing import FAMILIES, write_tiny_model
@@ -81,11 +81,11 @@ def test_untrained_weights_are_the_files(tmp_path, family):
 def test_layouts_of_other_backends(tmp_path, backend):
     """Hopper's and a TPU's layouts are taken apart on the host."""
     checkpoint = open_checkpoint(write_tiny_model(tmp_path / "model", "qwen3"))
-    c, dtype = FAMILY_CLASSES["qwen3"].read_config(checkpoint.config), jnp.dtype(jnp.bfloat16)
-    model = FAMILY_CLASSES["qwen3"](Weights(checkpoint, dtype, backend, c), c, 2)
+    c, dtype = Qwen3.read_config(checkpoint.config), jnp.dtype(jnp.bfloat16)
+    model = Qwen3(Weights(checkpoint, dtype, backend, c), c, 2)
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     seen = {}
-    for path, parameter in nnx.to_flat_state(origins(c, dtype, backend)):
+    for path, parameter in nnx.to_flat_state(origins(Qwen3, c, dtype, backend)):
         seen |= parameter.get_value().tensors(values[path][...], c, backend)
     assert seen.keys() == checkpoint.tensors.keys()
     for name, found in seen.items():

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxdet.models.config import ModelConfig
-from jaxdet.models.registry import FAMILIES
+from jaxdet.models.layers import DecoderLM
 from jaxdet.models.weights import Weights, tensor_shape
 from pallas_kernels.matmul import op as matmul_op
 
@@ -51,15 +51,15 @@ class Origin:
         return dict(zip(self.names, parts, strict=True))
 
 
-def origins(config: ModelConfig, dtype: jnp.dtype, backend: str) -> nnx.State:
+def origins(family: type[DecoderLM], config: ModelConfig, dtype: jnp.dtype, backend: str) -> nnx.State:
     """An `Origin` in the place of every parameter of a model.
 
     Args:
-        config: the model's shape.
+        family, config: the model's class and shape.
         dtype, backend: what the parameters are packed for.
     """
     # The second position's angles are the shortest table; they are no parameters and are let go.
-    model = FAMILIES[config.family](_Noted(_NoSource(), dtype, backend, config), config, 2)
+    model = family(_Noted(_NoSource(), dtype, backend, config), config, 2)
     return nnx.state(model, nnx.Param)
 
 

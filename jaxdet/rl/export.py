@@ -43,8 +43,8 @@ class _Trained(Checkpoint):
     """Parameters on the device, read as a checkpoint's tensors; config and tokenizer are another checkpoint's."""
 
     def __init__(self, like: Checkpoint, llm: LLM, params: nnx.State):
-        step = llm.engine.step_fn
-        if family_of(like.config).read_config(like.config) != step.config:
+        step, family = llm.engine.step_fn, family_of(like.config)
+        if family.read_config(like.config) != step.config:
             raise ValueError(
                 f"like={like.name!r} is another model than {llm.name!r}; give what that was loaded from"
             )
@@ -55,7 +55,7 @@ class _Trained(Checkpoint):
         self._places: dict[str, tuple[Origin, jax.Array]] = {}
         self.tensors = {}
         dtype = np.dtype(step.dtype)
-        for path, parameter in nnx.to_flat_state(origins(step.config, step.dtype, step.backend)):
+        for path, parameter in nnx.to_flat_state(origins(family, step.config, step.dtype, step.backend)):
             origin, value = parameter.get_value(), values[path][...]
             if origin.kind == "vector":  # small, and the dtype is known only then
                 dtypes = [x.dtype for x in origin.tensors(value, step.config, step.backend).values()]
