@@ -10,8 +10,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from jaxdet.tokenizer import Tokenizer
 
-KEPT = 64
-"""Grammars whose beginning is kept: users repeat their schemas, and compiling one can take as long as many steps."""
+KEPT, LONGEST_KEPT = 32, 16384
+"""Compiled grammars that are kept, and characters of the longest: users repeat their schemas, and compiling one can
+take as long as many steps. One of this length takes about 2 MB."""
 
 
 class JsonGrammars:
@@ -27,27 +28,30 @@ class JsonGrammars:
             tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(tokenizer.eos_token_ids)
         )
         self._words = -(-vocab_size // 32)
-        self._start = functools.lru_cache(KEPT)(self._build)
+        self._kept = functools.lru_cache(KEPT)(self._build)
 
     def compile(self, schema: Mapping[str, Any]) -> "JsonConstraint":
-        """A constraint at the beginning of an answer that follows a JSON schema; raises as `of_schema`."""
-        return self.start(self.of_schema(schema), "json_schema")
-
-    def of_schema(self, schema: Mapping[str, Any]) -> str:
-        """llguidance's grammar of a JSON schema, without white space between an answer's parts; `start` takes it.
+        """A constraint at the beginning of an answer that follows a JSON schema.
 
         Raises:
             ValueError: llguidance can't follow the schema.
         """
+        return self.start(self.of_schema(schema), "json_schema")
+
+    @staticmethod
+    def of_schema(schema: Mapping[str, Any]) -> str:
+        """llguidance's grammar of a JSON schema, without white space between an answer's parts, for `start`.
+
+        Raises:
+            ValueError: the schema is none.
+        """
         try:
             # White space would let a model go on for ever.
-            grammar = LLMatcher.grammar_from_json_schema(
+            return LLMatcher.grammar_from_json_schema(
                 json.dumps(schema), overrides={"whitespace_flexible": False}
             )
         except (ValueError, RecursionError) as error:
             raise _refusal("json_schema", str(error)) from None
-        self.start(grammar, "json_schema")
-        return grammar
 
     def start(self, grammar: str, what: str) -> "JsonConstraint":
         """A constraint at the beginning of an answer that follows a grammar of llguidance's; the latest ones are kept.
@@ -58,12 +62,15 @@ class JsonGrammars:
         Raises:
             ValueError: llguidance can't follow it.
         """
-        return self._start(grammar, what)
+        try:
+            return (self._kept if len(grammar) <= LONGEST_KEPT else self._build)(grammar)
+        except ValueError as error:
+            raise _refusal(what, str(error)) from None
 
-    def _build(self, grammar: str, what: str) -> "JsonConstraint":
+    def _build(self, grammar: str) -> "JsonConstraint":
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise _refusal(what, matcher.get_error())
+            raise ValueError(matcher.get_error())
         return JsonConstraint(matcher, self._words)
 
 

@@ -2,17 +2,15 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from jaxdet.engine.sequence import Entry
 from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.text import TextStream
 from jaxdet.tokenizer import Tokenizer
-
-Entry = tuple[float, int, Any, Any]
-"""Of a token: its logprob, its rank, the top logprobs and their ids."""
 
 
 class Progress(Protocol):
@@ -139,6 +137,6 @@ class Request[P: Progress]:
         logprob, rank, top, top_ids = entry
         decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
         found = {token: Logprob(logprob, rank, decode([token]))}
-        for place, (value, other) in enumerate(zip(top.tolist(), top_ids.tolist(), strict=True), 1):
+        for place, (value, other) in enumerate(zip(top, top_ids, strict=True), 1):
             found.setdefault(other, Logprob(value, place, decode([other])))
         return found

@@ -1,5 +1,6 @@
 """The engine's process and HTTP's: one that lags costs the other nothing, and neither outlives the other."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -12,12 +13,21 @@ import psutil
 import pytest
 from serving import KEY, Process
 
+from jaxdet.api.errors import ApiError
+from jaxdet.api.reader import Grammar
+from jaxdet.grammar import JsonGrammars
 from jaxdet.llm import LLM
 from jaxdet.request import Request
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.server.messages import LENGTH, Close, Grown, Open, Opened, pack, unpack
-from jaxdet.server.run import host_of
-from jaxdet.testing import write_tiny_model
+from jaxdet.server import host
+from jaxdet.server.app import Model, Settings
+from jaxdet.server.client import EngineClient, Job
+from jaxdet.server.host import EngineHost
+from jaxdet.server.http import Serve
+from jaxdet.server.messages import Ask, Close, Grown, Open, Opened, Refused, Told, pack, receive
+from jaxdet.server.metrics import Metrics
+from jaxdet.server.run import host_of, start_http
+from jaxdet.testing import byte_tokenizer, write_tiny_model
 
 LONG = {"model": "tiny", "prompt": "The sea is", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 
@@ -38,7 +48,6 @@ class Peer:
     def __init__(self, llm: LLM):
         here, self._there = socket.socketpair()
         here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little room as there can be
-        self._stream = self._there.makefile("rb")
         self._thread = threading.Thread(target=host_of(llm, here).run)
         self._thread.start()
 
@@ -46,11 +55,9 @@ class Peer:
         self._there.sendall(pack(message))
 
     def receive(self):
-        (size,) = LENGTH.unpack(self._stream.read(LENGTH.size))
-        return unpack(self._stream.read(size))
+        return receive(self._there)
 
     def close(self) -> None:
-        self._stream.close()
         self._there.close()
         self._thread.join(60)
         assert not self._thread.is_alive()
@@ -85,6 +92,7 @@ def test_the_engine_does_not_wait_for_a_reader_that_lags(llm, peer):
             if growth[0]:
                 reasons[number] = growth[0]
     assert words < 300 and set(reasons.values()) == {"length"}
+    peer.close()
     (expected,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     for completion in expected.outputs:
         assert tokens[completion.index] == completion.token_ids
@@ -126,6 +134,113 @@ def test_tokens_after_a_stop_string_are_dropped(llm):
     request.update(sequence)
     assert aborted == [sequence]
     assert request.output().outputs == [ended]
+
+
+def test_a_slow_grammar_holds_nobody_up(llm):
+    """It is compiled beside the engine; closed before it is ready, it never runs; refused, it says so."""
+    here, there = socket.socketpair()
+    ready = threading.Event()
+    grammars = JsonGrammars(llm.tokenizer, llm.engine.vocab_size)
+
+    def start(grammar: Grammar):
+        assert ready.wait(60)
+        return grammars.start(*grammar)
+
+    thread = threading.Thread(target=EngineHost(llm.engine, start, here).run)
+    thread.start()
+
+    def tell(message) -> None:
+        there.sendall(pack(message))
+
+    params = SamplingParams(max_tokens=200)
+    rules = Grammar(grammars.of_schema({"type": "boolean"}), "json_schema")
+    tell(Open(0, [[5, 6]], params, rules))
+    tell(Open(1, [[5, 6]], params, rules))
+    tell(Close([1], "abort"))
+    tell(Open(2, [[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True)))
+    told = [receive(there)]
+    while not (isinstance(told[-1], Grown) and told[-1].sequences[0][2]):
+        told.append(receive(there))
+    assert told[0] == Opened(2)
+    ready.set()
+    tell(Open(3, [[5, 6]], params, Grammar("start: nonsense", "tools")))
+    tell(Ask())
+    answers, found = {}, []
+    while len(answers) < 2 or not (found and found[-1][2] and found[-1][2][0]):
+        message = receive(there)
+        if isinstance(message, Opened | Refused):
+            answers[message.first] = message
+        elif isinstance(message, Grown):
+            found += [growth for growth in message.sequences if growth[0] == 0]
+    assert isinstance(answers.pop(3), Refused) and answers == {0: Opened(0)}
+    assert llm.tokenizer.decode([t for _, tokens, _ in found for t in tokens]) in ("true", "false")
+    there.close()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_host_that_fails_ends_the_connection(llm, peer, monkeypatch):
+    monkeypatch.setattr(host, "pack", lambda _: 1 / 0)
+    hook = []
+    monkeypatch.setattr(threading, "excepthook", hook.append)
+    peer.send(Ask())
+    assert peer.receive() is None
+    peer.close()
+    assert hook[0].exc_type is ZeroDivisionError
+
+
+def test_http_starts_with_a_large_tokenizer_and_in_any_folder(llm, tmp_path, monkeypatch):
+    """The first message is longer than a socket's buffer, and a file beside it is nobody's module."""
+    (tmp_path / "queue.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.backend.add_tokens([f"token {number}" for number in range(50_000)])
+    model = Model.of(llm)._replace(tokenizer=tokenizer)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    asked = Serve(model, Settings(), "127.0.0.1", port, 1)
+    assert len(pack(asked)) > 2**20
+    process, connection = start_http(asked)
+    with connection:
+        for _ in range(600):
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                break
+            except httpx.ConnectError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        connection.shutdown(socket.SHUT_RDWR)
+    assert process.wait(60) == 1
+
+
+def test_jobs_that_are_not_open_yet_can_time_out(llm):
+    """The other side says nothing at all; and what fails is told to whoever waits."""
+
+    async def run() -> None:
+        here, there = socket.socketpair()
+        lost = []
+        client = EngineClient(
+            here, llm.tokenizer, Metrics(), capacity=4, timeout=0.1, on_lost=lambda: lost.append(True)
+        )
+        await client.start()
+        with pytest.raises(ApiError, match=r"more than 0\.1 s"):
+            await client.open(Job([{"prompt_token_ids": [1]}], SamplingParams()))
+        assert client.open_sequences == 0
+        asked = asyncio.create_task(client.stats())
+        await asyncio.sleep(0.01)
+        client.cut_off()
+        there.sendall(pack(Told(llm.stats())))
+        assert await asked == llm.stats()
+        asked = asyncio.create_task(client.stats())
+        await asyncio.sleep(0.01)
+        there.sendall(pack("nonsense")[:-3])
+        there.close()
+        with pytest.raises(ApiError, match="the engine has stopped"):
+            await asked
+        assert lost and not client.healthy
+        await client.stop()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("victim", ["http", "engine"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+import psutil
 import pytest
 from serving import KEY, Process
 
@@ -44,9 +45,16 @@ class Footprint(NamedTuple):
 
 
 def footprint(pid: int) -> Footprint:
-    status = Path(f"/proc/{pid}/status").read_text()
-    rss, threads = (int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads"))
-    return Footprint(rss, threads, len(os.listdir(f"/proc/{pid}/fd")))
+    """Of the engine's process and HTTP's together."""
+    found = []
+    for each in (pid, *(child.pid for child in psutil.Process(pid).children())):
+        status = Path(f"/proc/{each}/status").read_text()
+        rss, threads = (
+            int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads")
+        )
+        found.append((rss, threads, len(os.listdir(f"/proc/{each}/fd"))))
+    assert len(found) == 2
+    return Footprint(*map(sum, zip(*found, strict=True)))
 
 
 async def one(http: httpx.AsyncClient, rng: random.Random) -> int:

@@ -249,7 +249,7 @@ def writes(monkeypatch):
         rules = "start: " + " ".join("<[257]>" if p == "[TOOL_CALLS]" else p for p in parts)
 
         def chat(self, body):
-            return dataclasses.replace(read_chat(self, body), grammar=rules)
+            return dataclasses.replace(read_chat(self, body), grammar=reader.Grammar(rules, "text"))
 
         monkeypatch.setattr(reader.Reader, "chat", chat)
 

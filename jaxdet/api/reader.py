@@ -3,14 +3,24 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxdet.api.errors import ApiError
 from jaxdet.api.protocol import ChatCompletionRequest, CompletionRequest, Prompts, Sampling
-from jaxdet.api.tools import ToolUse, form_of, grammar
+from jaxdet.api.tools import ToolUse, form_of
+from jaxdet.api.tools import grammar as grammar_of
 from jaxdet.engine.sequence import Constraint
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.tokenizer import Tokenizer
+
+
+class Grammar(NamedTuple):
+    """What answers must follow; whoever compiles it may find that it can't be followed."""
+
+    text: str
+    """As llguidance writes it."""
+    what: str
+    """The argument it was made from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +34,10 @@ class Task:
     params: SamplingParams
     logprobs: int | None
     """How many of the most likely tokens to list."""
-    grammar: str | None
-    """What answers must follow, as llguidance writes it."""
+    grammar: Grammar | None
+    """What answers must follow."""
     tools: ToolUse | None = None
     """The tool calls that its answers may hold."""
-
-    @property
-    def size(self) -> int:
-        """Sequences that it runs."""
-        return len(self.prompts) * self.params.n
 
 
 class Reader:
@@ -56,8 +61,12 @@ class Reader:
         return JsonGrammars(self._tokenizer, self._vocab_size)
 
     def constraint(self, task: Task) -> Constraint | None:
-        """What the engine takes for a task's grammar."""
-        return None if task.grammar is None else self._grammars.start(task.grammar, "grammar")
+        """What the engine takes for a task's grammar.
+
+        Raises:
+            ValueError: it can't be followed.
+        """
+        return None if task.grammar is None else self._grammars.start(*task.grammar)
 
     def completion(self, body: CompletionRequest) -> Task:
         """Raises ApiError or ValueError if the body asks for what can't be."""
@@ -85,9 +94,8 @@ class Reader:
         if tools is not None and (forced := body.forced()):
             several = body.parallel_tool_calls is not False
             schemas = {name: function.arguments_schema() for name, function in forced.items()}
-            rules = grammar(tools.form, schemas, self._tokenizer, several=several)
-            self._grammars.start(rules, "tools")
-            task = dataclasses.replace(task, grammar=rules)
+            rules = grammar_of(tools.form, schemas, self._tokenizer, several=several)
+            task = dataclasses.replace(task, grammar=Grammar(rules, "tools"))
         return dataclasses.replace(task, tools=tools)
 
     def _tools(self, body: ChatCompletionRequest) -> ToolUse | None:
@@ -144,8 +152,12 @@ class Reader:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream; set it to true", param="stream_options")
         schema = None if body.response_format is None else body.response_format.schema_of_answer()
-        rules = None if schema is None else self._grammars.of_schema(schema)
-        return Task(kind, prompts, params, logprobs, rules)
+        grammar = None
+        if schema is not None:
+            from jaxdet.grammar import JsonGrammars
+
+            grammar = Grammar(JsonGrammars.of_schema(schema), "json_schema")
+        return Task(kind, prompts, params, logprobs, grammar)
 
     def _max_tokens(self, asked: int | None, default: int | None) -> int | None:
         most = self._most

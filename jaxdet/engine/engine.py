@@ -18,7 +18,7 @@ from jaxdet.engine.drafting import Drafter, ModelDrafter, NgramDrafter
 from jaxdet.engine.kv_cache import PagePool
 from jaxdet.engine.memory import out_of_memory, plan_pages
 from jaxdet.engine.scheduler import Part, Plan, Scheduler
-from jaxdet.engine.sequence import Constraint, Sequence
+from jaxdet.engine.sequence import Constraint, Entry, Sequence
 from jaxdet.engine.stats import Counters, EngineStats
 from jaxdet.engine.step import Logprobs, Step, StepOutput
 from jaxdet.engine.warm_up import COPY_BUCKETS, compile_all
@@ -453,10 +453,10 @@ class Engine:
             ]
 
 
-def _entry(logprobs: Logprobs, row: int, top: int) -> tuple[float, int, np.ndarray, np.ndarray]:
+def _entry(logprobs: Logprobs, row: int, top: int) -> Entry:
     return (
         float(logprobs.logprob[row]),
         int(logprobs.rank[row]),
-        np.asarray(logprobs.top[row, :top]),
-        np.asarray(logprobs.top_ids[row, :top]),
+        logprobs.top[row, :top].tolist(),
+        logprobs.top_ids[row, :top].tolist(),
     )

@@ -10,6 +10,9 @@ from jaxtyping import UInt32
 from jaxdet.engine.kv_cache import Prefix
 from jaxdet.sampling_params import SamplingParams
 
+Entry = tuple[float, int, list[float], list[int]]
+"""Of a token: its logprob, its rank, the top logprobs and their ids."""
+
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -68,9 +71,8 @@ class Sequence:
     """Prompt tokens found in the prefix cache at first admission."""
     finish_reason: str | None = None
     stop_reason: int | None = None
-    logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
-    """Per output token: (logprob, rank, top logprobs, top ids)."""
-    prompt_logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    logprobs: list[Entry] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[Entry] = dataclasses.field(default_factory=list)
     keep_logits: bool = False
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
     """Per output token its float32 logits, if they are kept."""

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdet.api.errors import ApiError
+from jaxdet.api.reader import Grammar
+from jaxdet.engine.sequence import Entry
 from jaxdet.engine.stats import EngineStats
 from jaxdet.outputs import RequestOutput, ScoreOutput
-from jaxdet.request import Entry, Request
+from jaxdet.request import Request
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.server.messages import (
     LENGTH,
@@ -59,13 +61,14 @@ class _Sequence:
     stop_reason: int | None = None
     logprobs: list[Entry] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[Entry] = dataclasses.field(default_factory=list)
+    scores: list[float] = dataclasses.field(default_factory=list)
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def take(self, tokens: list[int], growth: Growth | None) -> None:
         self.tokens += tokens
         if growth is not None:
             self.finish_reason, self.stop_reason = growth.finish_reason, growth.stop_reason
-            self.cached, self.prompt_logprobs = growth.cached, growth.prompt_logprobs
+            self.cached, self.scores = growth.cached, growth.scores
             self.logprobs += growth.logprobs
 
 
@@ -78,14 +81,14 @@ class Job:
 
     Args:
         prompts: each {"prompt_token_ids": ids}, with its text as "prompt" if it came as text.
-        grammar: what answers must follow, as llguidance writes it.
+        grammar: what answers must follow.
         stream: tell of every step, not of the end alone.
         score: the prompts' logprobs are wanted and nothing else.
     """
 
     prompts: Sequence[dict[str, Any]]
     params: SamplingParams
-    grammar: str | None = None
+    grammar: Grammar | None = None
     stream: bool = False
     score: bool = False
     began: float = dataclasses.field(default_factory=time.perf_counter)
@@ -105,9 +108,10 @@ class Job:
         return len(self.prompts) * self.params.n
 
     def fail(self, error: Exception) -> None:
-        """Ends its updates with an error."""
+        """Ends its updates with an error, or the wait for them."""
         self.error = self.error or error
         self.arrived.set()
+        _refuse(self.accepted, error)
 
 
 class _Live(NamedTuple):
@@ -221,7 +225,9 @@ class EngineClient:
 
     def cut_off(self) -> None:
         """Ends all open jobs with an error: the server stops."""
-        self._fail_all(ApiError(503, "the server is stopping; try again", headers={"Retry-After": "1"}))
+        stopping = ApiError(503, "the server is stopping; try again", headers={"Retry-After": "1"})
+        for job in self._jobs:
+            job.fail(stopping)
 
     async def updates(self, job: Job) -> AsyncIterator[list[Update]]:
         """Everything that the job's prompts get, until all of them have ended.
@@ -241,7 +247,11 @@ class EngineClient:
             for place in changed:
                 request = job.requests[place]
                 done = request.finished
-                output = request.score() if job.score else request.news() if job.stream else request.output()
+                if job.score:
+                    (sequence,) = request.sequences
+                    output = ScoreOutput(sequence.prompt, sequence.scores)
+                else:
+                    output = request.news() if job.stream else request.output()
                 updates.append(Update(place, output, done))
                 left -= done
             yield updates
@@ -278,16 +288,15 @@ class EngineClient:
         except (asyncio.IncompleteReadError, OSError):
             log.error("the engine is gone")
             self._on_lost()
+        except Exception:
+            log.exception("what the engine said can't be read")
+            self._on_lost()
         finally:
             self.healthy = False
-            self._fail_all(_gone())
-
-    def _fail_all(self, error: Exception) -> None:
-        for job in self._jobs:
-            _refuse(job.accepted, error)
-            job.fail(error)
-        while self._asked:
-            _refuse(self._asked.popleft(), error)
+            for job in self._jobs:
+                job.fail(_gone())
+            for answer in self._asked:
+                _refuse(answer, _gone())
 
     def _take(self, message: Grown | Opened | Refused | Failed | Told) -> None:
         match message:
@@ -322,6 +331,7 @@ class EngineClient:
             except Exception as error:  # the others' tokens must not be lost
                 log.exception("a request's text could not be decoded")
                 job.fail(error)
+                self._end([sequence], reason="abort")
                 continue
             if sequence.finish_reason is not None:
                 self._live.pop(number, None)

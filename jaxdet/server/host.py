@@ -1,5 +1,6 @@
 """The engine's side of the server: runs what the HTTP process asks for, and tells it what became of it."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -7,12 +8,13 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from jaxdet.api.reader import Grammar
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.sequence import Constraint, Sequence
 from jaxdet.server.messages import (
-    LENGTH,
     Ask,
     Close,
     Failed,
@@ -23,7 +25,7 @@ from jaxdet.server.messages import (
     Refused,
     Told,
     pack,
-    unpack,
+    receive,
 )
 
 log = logging.getLogger("jaxdet.server")
@@ -36,7 +38,7 @@ MOST_FAILURES = 3
 class _Live:
     number: int
     told: int
-    """How many of its tokens the other side knows."""
+    """How many of its tokens, the prompt's among them, the other side knows."""
     score: bool
 
 
@@ -49,11 +51,14 @@ class EngineHost:
         connection: a stream socket; `messages` says what goes over it.
     """
 
-    def __init__(self, engine: Engine, start: Callable[[str], Constraint], connection: socket.socket):
+    def __init__(self, engine: Engine, start: Callable[[Grammar], Constraint], connection: socket.socket):
         self._engine, self._start, self._connection = engine, start, connection
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._live: dict[Sequence, _Live] = {}
         self._numbered: dict[int, Sequence] = {}
+        self._compiling: dict[int, Open] = {}
+        """What waits for its grammar, by its first number."""
+        self._compilers = ThreadPoolExecutor(2, "grammar")
         self._behind: dict[Sequence, None] = {}
         """Sequences that the other side doesn't know the latest of."""
         self._outgoing = bytearray()
@@ -81,34 +86,46 @@ class EngineHost:
         finally:
             for sequence in list(self._live):
                 self._engine.abort(sequence)
-            self._connection.close()
+            self._compilers.shutdown(wait=False, cancel_futures=True)
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)  # which the reader hears, too
             reader.join()
+            self._connection.close()
 
     def _read(self) -> None:
-        """In a thread of its own: waits for messages, and compiles their grammars while the engine goes on."""
+        """In a thread of its own: waits for messages."""
+        acts = {
+            Open: self._prepare,
+            Close: self._close,
+            Ask: lambda _: self._send(Told(self._engine.stats())),
+        }
         try:
-            with self._connection.makefile("rb") as stream:
-                while head := stream.read(LENGTH.size):
-                    message = unpack(stream.read(*LENGTH.unpack(head)))
-                    self._inbox.put(self._prepared(message))
+            while (message := receive(self._connection)) is not None:
+                self._inbox.put(functools.partial(acts[type(message)], message))
         except OSError as error:
             log.debug("the connection broke: %s", error)
         finally:
             self._inbox.put(None)
 
-    def _prepared(self, message: Open | Close | Ask) -> Callable[[], object]:
-        """What the engine's thread does for a message."""
-        match message:
-            case Open():
-                try:
-                    constraint = None if message.grammar is None else self._start(message.grammar)
-                except ValueError as error:
-                    return functools.partial(self._send, Refused(message.first, error))
-                return functools.partial(self._open, message, constraint)
-            case Close():
-                return functools.partial(self._close, message)
-            case Ask():
-                return lambda: self._send(Told(self._engine.stats()))
+    def _prepare(self, message: Open) -> None:
+        """Compiles a grammar beside the engine, which some take longer than many steps."""
+        if message.grammar is None:
+            self._open(message, None)
+            return
+        self._compiling[message.first] = message
+        self._compilers.submit(self._start, message.grammar).add_done_callback(
+            lambda found: self._inbox.put(lambda: self._open_compiled(message, found))
+        )
+
+    def _open_compiled(self, message: Open, found: "Future[Constraint]") -> None:
+        if self._compiling.pop(message.first, None) is None:  # closed in the meantime
+            return
+        try:
+            constraint = found.result()
+        except ValueError as error:
+            self._send(Refused(message.first, error))
+        else:
+            self._open(message, constraint)
 
     def _open(self, message: Open, constraint: Constraint | None) -> None:
         opened: list[Sequence] = []
@@ -133,6 +150,7 @@ class EngineHost:
 
     def _close(self, message: Close) -> None:
         for number in message.numbers:
+            self._compiling.pop(number, None)  # a request is closed as a whole before it is open
             if (sequence := self._numbered.get(number)) is not None:
                 self._engine.abort(sequence, message.reason)
                 self._forget(sequence)
@@ -180,7 +198,7 @@ class EngineHost:
                     sequence.stop_reason,
                     sequence.cached,
                     sequence.logprobs[known:],
-                    sequence.prompt_logprobs if live.score else [],
+                    [entry[0] for entry in sequence.prompt_logprobs] if live.score else [],
                 )
             found.append((live.number, tokens, growth and tuple(growth)))
             live.told += len(tokens)

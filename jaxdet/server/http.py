@@ -14,10 +14,15 @@ from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
 
 from jaxdet.server.app import Model, Settings, create_app
-from jaxdet.server.messages import LENGTH, unpack
+from jaxdet.server.messages import receive
 
 BACKSTOP_SECONDS = 5
 """After a drain: for the last words to requests that were cut off."""
+LOGGING = LOGGING_CONFIG | {
+    "loggers": LOGGING_CONFIG["loggers"]
+    | {"jaxdet.server": {"handlers": ["default"], "level": "INFO", "propagate": False}}
+}
+"""Of both processes."""
 
 
 class Serve(NamedTuple):
@@ -83,14 +88,13 @@ def serve(connection: socket.socket, asked: Serve) -> bool:
         server.should_exit = True
 
     app = create_app(asked.model, connection, asked.settings, on_lost=stop)
-    ours = {"jaxdet.server": {"handlers": ["default"], "level": "INFO", "propagate": False}}
     config = uvicorn.Config(
         app,
         host=asked.host,
         port=asked.port,
         timeout_graceful_shutdown=asked.drain + BACKSTOP_SECONDS,
         server_header=False,
-        log_config=LOGGING_CONFIG | {"loggers": LOGGING_CONFIG["loggers"] | ours},
+        log_config=LOGGING,
     )
     server = Server(config, app, patience=asked.settings.stall_timeout, drain=asked.drain)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises again what it has already heeded
@@ -100,13 +104,8 @@ def serve(connection: socket.socket, asked: Serve) -> bool:
 
 def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
-    stream = connection.makefile("rb", buffering=0)
-    head = stream.read(LENGTH.size)
-    (size,) = LENGTH.unpack(head)
-    body = b""
-    while len(body) < size:
-        body += stream.read(size - len(body))
-    return not serve(connection, unpack(body))
+    asked = receive(connection)
+    return asked is None or not serve(connection, asked)
 
 
 if __name__ == "__main__":

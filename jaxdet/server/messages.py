@@ -1,18 +1,20 @@
 """What the HTTP process and the engine's tell each other, over a socket that nobody else has.
 
-Pickled, after its length in four bytes: both ends are this program, started by itself.
+Pickled, after its length in eight bytes: both ends are this program, started by itself.
 """
 
 import pickle
+import socket
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxdet.api.reader import Grammar
+from jaxdet.engine.sequence import Entry
 from jaxdet.engine.stats import EngineStats
-from jaxdet.request import Entry
 from jaxdet.sampling_params import SamplingParams
 
-LENGTH = struct.Struct("<I")
+LENGTH = struct.Struct("<Q")
 
 
 class Open(NamedTuple):
@@ -21,8 +23,7 @@ class Open(NamedTuple):
     first: int
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
-    grammar: str | None = None
-    """What answers must follow, as llguidance writes it."""
+    grammar: Grammar | None = None
     score: bool = False
     """Only the prompts' logprobs are wanted."""
 
@@ -71,8 +72,8 @@ class Growth(NamedTuple):
     cached: int
     logprobs: list[Entry]
     """Of the new tokens, if they were asked for."""
-    prompt_logprobs: list[Entry]
-    """Of the whole prompt, for scores."""
+    scores: list[float]
+    """Of all the prompt's tokens from the second on, if they are wanted."""
 
 
 class Grown(NamedTuple):
@@ -91,3 +92,17 @@ def pack(message: Any) -> bytes:
 
 unpack = pickle.loads
 """The message of a body."""
+
+
+def receive(connection: socket.socket) -> Any:
+    """The next message, waited for; None if there is none any more."""
+    head = connection.recv(LENGTH.size, socket.MSG_WAITALL)
+    if len(head) < LENGTH.size:
+        return None
+    (size,) = LENGTH.unpack(head)
+    body = bytearray()
+    while len(body) < size:
+        if not (part := connection.recv(size - len(body), socket.MSG_WAITALL)):
+            return None
+        body += part
+    return unpack(body)

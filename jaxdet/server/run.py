@@ -2,21 +2,21 @@
 
 import contextlib
 import functools
+import logging.config
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 from jaxdet.grammar import JsonGrammars
 from jaxdet.llm import LLM
 from jaxdet.server.app import Model, Settings
 from jaxdet.server.host import EngineHost
-from jaxdet.server.http import Serve
+from jaxdet.server.http import BACKSTOP_SECONDS, LOGGING, Serve
 from jaxdet.server.messages import pack
-
-STOPPING = signal.SIGINT, signal.SIGTERM
 
 
 def host_of(llm: LLM, connection: socket.socket) -> EngineHost:
@@ -26,20 +26,22 @@ def host_of(llm: LLM, connection: socket.socket) -> EngineHost:
     def grammars() -> JsonGrammars:
         return JsonGrammars(llm.tokenizer, llm.engine.vocab_size)
 
-    return EngineHost(llm.engine, lambda grammar: grammars().start(grammar, "grammar"), connection)
+    return EngineHost(llm.engine, lambda grammar: grammars().start(*grammar), connection)
 
 
 def start_http(asked: Serve) -> tuple[subprocess.Popen, socket.socket]:
     """A process that serves, and the connection on which it awaits an `EngineHost`; it ends with the connection."""
     here, there = socket.socketpair()
-    here.sendall(pack(asked))
     with there:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxdet.server.http", str(there.fileno())],
+            # -P: modules of the folder where somebody calls this are not the server's.
+            [sys.executable, "-P", "-m", "jaxdet.server.http", str(there.fileno())],
             pass_fds=[there.fileno()],
             env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the accelerator is the engine's
-            process_group=0,  # so that Ctrl-C reaches it once, through here
+            start_new_session=True,  # the terminal's signals come through here, once
         )
+    with contextlib.suppress(OSError):  # it ended at once; its exit status tells
+        here.sendall(pack(asked))
     return process, here
 
 
@@ -52,17 +54,28 @@ def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int
     Returns:
         The exit status: 0 if it was told to stop.
     """
+    logging.config.dictConfig(LOGGING)
     process, connection = start_http(Serve(Model.of(llm), settings, host, port, drain))
+    # The main thread only waits: it could not heed a signal while it is in a step.
+    engine = threading.Thread(target=host_of(llm, connection).run, name="engine", daemon=True)
+    engine.start()
     with _forwarding(process):
-        host_of(llm, connection).run()
         status = process.wait()
-    return 0 if -status in STOPPING else 1 if status else 0
+    engine.join(BACKSTOP_SECONDS)
+    return 0 if status in (0, -signal.SIGTERM, -signal.SIGINT) else 1
 
 
 @contextlib.contextmanager
 def _forwarding(process: subprocess.Popen) -> Iterator[None]:
-    """Signals that end the server go to the process that knows of requests."""
-    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in STOPPING}
+    """Signals that end the server go to the process that knows of requests: the second Ctrl-C doesn't let them end."""
+    told: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        again = number == signal.SIGINT and number in told
+        told.append(number)
+        process.send_signal(signal.SIGINT if again else signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
