@@ -12,9 +12,15 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.arrays import round_up
+from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import pin
+
+UNROLL = 16
+"""Chunks that one kernel adds: each takes less time than a launch."""
 
 
 @jax.tree_util.register_dataclass
@@ -92,9 +98,21 @@ def with_gradient(backward: Callable[..., tuple]) -> Callable[[Callable[..., Any
     return decorate
 
 
-def row_total(x: Float[Array, "rows N"]) -> Float[Array, " N"]:
-    """Sum over GRADIENT_ROWS rows: the upper half is added to the lower half until one is left."""
-    while x.shape[0] > 1:
-        half = x.shape[0] // 2
-        x = pin(x[:half] + x[half:])
-    return x[0]
+def add_rows(start: Float[Array, " N"], x: Float[Array, "rows ... N"]) -> Float[Array, " N"]:
+    """start + all rows of x: a chunk's rows in a tree, then chunk after chunk (and in it what stands between).
+
+    Chunks have GRADIENT_ROWS rows, the last one filled up with zeros; in the tree the upper half is added to the lower
+    half until one is left.
+    """
+    rows, *rest = x.shape
+    filled = round_up(rows, GRADIENT_ROWS)
+    x = jnp.pad(x, ((0, filled - rows), *((0, 0),) * len(rest))).reshape(-1, GRADIENT_ROWS, *rest)
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = pin(x[:, :half] + x[:, half:])
+    return lax.scan(lambda sum, part: (sum + part, None), start, x.reshape(-1, rest[-1]), unroll=UNROLL)[0]
+
+
+def live_rows(dy: Float[Array, "rows N"]) -> Bool[Array, "rows 1"]:
+    """Which rows have a gradient at all: the others add nothing, be their activations NaN."""
+    return jnp.any(dy != 0, axis=-1, keepdims=True)

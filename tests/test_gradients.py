@@ -84,6 +84,22 @@ def test_rows_without_a_gradient_add_nothing_even_if_they_are_nan():
     assert np.isnan(dw(poisoned, np.ones_like(dy))).any()
 
 
+def test_a_norm_sees_no_rows_without_a_gradient():
+    """Neither its weight's gradient nor theirs, be they NaN."""
+    x, w, dy = normal(0, 70, 96), normal(1, 96), normal(2, 70, 96)
+    dead = np.array([3, 64])
+    dy[dead] = 0
+    poisoned = x.copy()
+    poisoned[dead] = np.nan
+
+    @jax.jit
+    def gradients(x, dy):
+        return jax.vjp(lambda x, w: rms_norm(x, w, eps=1e-6), x, w)[1](dy)
+
+    assert [differing(a, b) for a, b in zip(gradients(poisoned, dy), gradients(x, dy), strict=True)] == [0, 0]
+    assert np.isnan(gradients(poisoned, np.ones_like(dy))[1]).any()
+
+
 def test_repeated_ids_of_an_embedding():
     ids = np.random.default_rng(0).integers(0, 7, 150).astype(np.int32)
     assert_close_to_float64(

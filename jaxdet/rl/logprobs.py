@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from jaxdet.models.layers import DecoderLM, head_logits, new_cache
 from jaxdet.rl.packing import MicroBatch
+from pallas_kernels.arrays import round_up
 from pallas_kernels.gradient import (
     Trained,
     cotangent,
@@ -13,9 +14,12 @@ from pallas_kernels.gradient import (
     value_of,
     with_gradient,
 )
-from pallas_kernels.numerics import PAGE_SIZE
+from pallas_kernels.numerics import GRADIENT_ROWS, PAGE_SIZE
 from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import token_logprobs
+
+HEAD_ROWS = 512
+"""Rows of logits alive at once, a multiple of GRADIENT_ROWS: each block of them reads the whole LM head."""
 
 
 def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Float[Array, " T"]:
@@ -40,7 +44,6 @@ def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Flo
 
 
 def _block(static, head, hidden, targets):
-    """A few rows at a time: all rows' logits would need more memory than the model."""
     config, backend = static
     logits = head_logits(head, hidden, config, backend)
     return token_logprobs(logits, targets, top=1, backend=backend)[0]
@@ -55,10 +58,17 @@ def _head_backward(static, operands, d_logprob):
 
         return jax.vjp(block, sum, hidden)[1](d_logprob)
 
-    total, d_hidden = over_rows(chunk, sum_so_far(head), hidden, targets, d_logprob)
+    total, d_hidden = over_rows(chunk, sum_so_far(head), hidden, targets, d_logprob, size=_block_size(hidden))
     return cotangent(head, total), d_hidden, None
 
 
 @with_gradient(_head_backward)
 def _head_logprobs(static, head, hidden, targets):
-    return over_rows(lambda _, *rows: (None, _block(static, value_of(head), *rows)), None, hidden, targets)[1]
+    def block(_, *rows):
+        return None, _block(static, value_of(head), *rows)
+
+    return over_rows(block, None, hidden, targets, size=_block_size(hidden))[1]
+
+
+def _block_size(hidden) -> int:
+    return min(HEAD_ROWS, round_up(hidden.shape[0], GRADIENT_ROWS))

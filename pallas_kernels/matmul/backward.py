@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.gradient import cotangent, row_total, sum_so_far, value_of
+from pallas_kernels.gradient import add_rows, cotangent, sum_so_far, value_of
 from pallas_kernels.reduce import dot_f32, pin
 from pallas_kernels.rows import over_rows
 
@@ -19,7 +19,7 @@ def matmul(static, operands, dy):
     return (
         dx,
         cotangent(packed, total),
-        None if bias is None else cotangent(bias, _column_sums(sum_so_far(bias), dy)),
+        None if bias is None else cotangent(bias, add_rows(sum_so_far(bias), dy.astype(jnp.float32))),
         None if residual is None else dy.astype(residual.dtype),
     )
 
@@ -52,7 +52,3 @@ def take_columns(static, operands, dy):
 
     total, _ = over_rows(chunk, sum_so_far(packed, lookup=True), ids, dy)
     return cotangent(packed, total, lookup=True), None
-
-
-def _column_sums(start, dy):
-    return over_rows(lambda sum, dy: (pin(sum + row_total(dy.astype(jnp.float32))), None), start, dy)[0]
