@@ -50,6 +50,7 @@ def test_control_one_weight_bit():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_smollm2(demo_model):
     """The same with real weights."""
     model, small = soak.load(demo_model, dtype=jnp.dtype("float32"), backend=None, max_model_len=384)
@@ -71,6 +72,7 @@ def test_smollm2(demo_model):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_1000_completions_of_one_prompt(demo_model, record_property):
     """They arrive staggered, greedy or with equal seeds: one completion, all log-probabilities included."""
     llm = LLM(demo_model, max_model_len=256, max_num_seqs=64)

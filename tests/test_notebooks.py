@@ -123,7 +123,7 @@ def test_badge(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_from_a_clean_kernel(name: str, demo_model):
     committed, notebook = results(read(name)), read(name)
@@ -132,7 +132,7 @@ def test_runs_from_a_clean_kernel(name: str, demo_model):
     NotebookClient(
         notebook,
         kernel_name="python3",
-        timeout=600,
+        timeout=1200,
         coalesce_streams=True,
         resources={"metadata": {"path": str(COLAB)}},
     ).execute()
