@@ -21,7 +21,7 @@ REQUESTS = 400
 """In each round, every one with other prompts, so that the prefix cache turns over."""
 ROUNDS = 5
 """Measured ones, after those in which something was still compiled."""
-MOST_ROUNDS = 12
+MOST_ROUNDS = 30
 IDLE_SECONDS = 11
 """After these anyio's idle threads end when the next request comes."""
 OPTIONS = (
