@@ -51,8 +51,8 @@ class Request[P: Progress]:
         self.sequences = sequences
         self.error: Exception | None = None
         """What went wrong with its text; it is aborted then, and its outputs raise it."""
-        self._text = {id(s): TextStream(tokenizer, params) for s in sequences}
-        self._told: dict[int, tuple[int, int, str | None]] = {id(s): (0, 0, None) for s in sequences}
+        self._text = {s: TextStream(tokenizer, params) for s in sequences}
+        self._told: dict[P, tuple[int, int, str | None]] = dict.fromkeys(sequences, (0, 0, None))
         """Tokens, characters and finish reason that `news` has told of."""
 
     @property
@@ -64,7 +64,7 @@ class Request[P: Progress]:
         """Looks for a stop string in new tokens; without one, text is decoded when it is asked for."""
         if not self._params.stop:
             return
-        stream = self._text[id(sequence)]
+        stream = self._text[sequence]
         stream.extend(sequence.tokens, len(sequence.prompt))
         if stream.stopped_by is not None and sequence.finish_reason != "abort":
             self._abort(sequence)
@@ -82,11 +82,11 @@ class Request[P: Progress]:
         """The output, but of its completions only those that got tokens or ended since the last call, and only that."""
         found = []
         for s in self.sequences:
-            tokens, characters, reason = self._told[id(s)]
+            tokens, characters, reason = self._told[s]
             count = len(s.tokens) - len(s.prompt)
             if (count, s.finish_reason) != (tokens, reason):
                 completion = self._completion(s, tokens)
-                self._told[id(s)] = count, len(completion.text), s.finish_reason
+                self._told[s] = count, len(completion.text), s.finish_reason
                 completion.text = completion.text[characters:]
                 found.append(completion)
         return self._output(found)
@@ -115,7 +115,7 @@ class Request[P: Progress]:
 
     def _completion(self, s: P, start: int = 0) -> CompletionOutput:
         """The whole text, and tokens and what belongs to them from `start` on."""
-        stream, wanted = self._text[id(s)], self._params.logprobs is not None
+        stream, wanted = self._text[s], self._params.logprobs is not None
         new = s.tokens[len(s.prompt) + start :]
         stream.extend(s.tokens, len(s.prompt))
         if s.finish_reason is not None and stream.stopped_by is None:

@@ -1,11 +1,13 @@
 """The engine's process and HTTP's: one that lags costs the other nothing, and neither outlives the other."""
 
 import asyncio
+import functools
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import openai
@@ -45,10 +47,10 @@ def llm(folder):
 class Peer:
     """The other end of a host's connection."""
 
-    def __init__(self, llm: LLM):
+    def __init__(self, host_on: Callable[[socket.socket], EngineHost]):
         here, self._there = socket.socketpair()
         here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little room as there can be
-        self._thread = threading.Thread(target=host_of(llm, here).run)
+        self._thread = threading.Thread(target=host_on(here).run)
         self._thread.start()
 
     def send(self, message) -> None:
@@ -65,7 +67,7 @@ class Peer:
 
 @pytest.fixture
 def peer(llm):
-    peer = Peer(llm)
+    peer = Peer(functools.partial(host_of, llm))
     yield peer
     peer.close()
 
@@ -138,7 +140,6 @@ def test_tokens_after_a_stop_string_are_dropped(llm):
 
 def test_a_slow_grammar_holds_nobody_up(llm):
     """It is compiled beside the engine; closed before it is ready, it never runs; refused, it says so."""
-    here, there = socket.socketpair()
     ready = threading.Event()
     grammars = JsonGrammars(llm.tokenizer, llm.engine.vocab_size)
 
@@ -146,37 +147,30 @@ def test_a_slow_grammar_holds_nobody_up(llm):
         assert ready.wait(60)
         return grammars.start(*grammar)
 
-    thread = threading.Thread(target=EngineHost(llm.engine, start, here).run)
-    thread.start()
-
-    def tell(message) -> None:
-        there.sendall(pack(message))
-
+    peer = Peer(lambda connection: EngineHost(llm.engine, start, connection))
     params = SamplingParams(max_tokens=200)
     rules = Grammar(grammars.of_schema({"type": "boolean"}), "json_schema")
-    tell(Open(0, [[5, 6]], params, rules))
-    tell(Open(1, [[5, 6]], params, rules))
-    tell(Close([1], "abort"))
-    tell(Open(2, [[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True)))
-    told = [receive(there)]
+    peer.send(Open(0, [[5, 6]], params, rules))
+    peer.send(Open(1, [[5, 6]], params, rules))
+    peer.send(Close([1], "abort"))
+    peer.send(Open(2, [[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True)))
+    told = [peer.receive()]
     while not (isinstance(told[-1], Grown) and told[-1].sequences[0][2]):
-        told.append(receive(there))
+        told.append(peer.receive())
     assert told[0] == Opened(2)
     ready.set()
-    tell(Open(3, [[5, 6]], params, Grammar("start: nonsense", "tools")))
-    tell(Ask())
+    peer.send(Open(3, [[5, 6]], params, Grammar("start: nonsense", "tools")))
+    peer.send(Ask())
     answers, found = {}, []
     while len(answers) < 2 or not (found and found[-1][2] and found[-1][2][0]):
-        message = receive(there)
+        message = peer.receive()
         if isinstance(message, Opened | Refused):
             answers[message.first] = message
         elif isinstance(message, Grown):
             found += [growth for growth in message.sequences if growth[0] == 0]
     assert isinstance(answers.pop(3), Refused) and answers == {0: Opened(0)}
     assert llm.tokenizer.decode([t for _, tokens, _ in found for t in tokens]) in ("true", "false")
-    there.close()
-    thread.join(60)
-    assert not thread.is_alive()
+    peer.close()
 
 
 def test_a_host_that_fails_ends_the_connection(llm, peer, monkeypatch):

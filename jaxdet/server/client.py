@@ -147,7 +147,6 @@ class EngineClient:
         self.healthy = False
         """Whether the engine is there and works."""
         self._jobs: dict[Job, None] = {}
-        self._opening: dict[int, Job] = {}
         self._live: dict[int, _Live] = {}
         self._next = 0
         self._asked: collections.deque[asyncio.Future[EngineStats]] = collections.deque()
@@ -203,7 +202,6 @@ class EngineClient:
             text = prompt.get("prompt")
             job.requests.append(Request(self._tokenizer, text, sequences, job.params, self._stop))
             self._live |= {s.number: _Live(job, place, s) for s in sequences}
-        self._opening[first] = job
         prompts = [prompt["prompt_token_ids"] for prompt in job.prompts]
         self._send(Open(first, prompts, job.params, job.grammar, job.score))
         try:
@@ -303,18 +301,18 @@ class EngineClient:
             case Grown():
                 self._take_tokens(message)
             case Opened():
-                if not (accepted := self._opening.pop(message.first).accepted).done():
-                    accepted.set_result(None)
+                if (live := self._live.get(message.first)) is not None:
+                    _resolve(live.job.accepted, None)
             case Refused():
-                _refuse(self._opening.pop(message.first).accepted, message.error)
+                if (live := self._live.get(message.first)) is not None:
+                    _refuse(live.job.accepted, message.error)
             case Failed():
                 self.healthy = False
                 for number in message.numbers:
                     if (live := self._live.pop(number, None)) is not None:
                         live.job.fail(RuntimeError("the engine failed"))
             case Told():
-                if not (answer := self._asked.popleft()).done():
-                    answer.set_result(message.stats)
+                _resolve(self._asked.popleft(), message.stats)
 
     def _take_tokens(self, message: Grown) -> None:
         self.healthy = message.healthy
@@ -358,6 +356,11 @@ class EngineClient:
 
 def _gone() -> ApiError:
     return ApiError(503, "the engine has stopped; try again later", headers={"Retry-After": "1"})
+
+
+def _resolve[T](future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 def _refuse(future: asyncio.Future, error: Exception) -> None:

@@ -186,7 +186,8 @@ class EngineHost:
     def _news(self) -> Grown:
         """All that the other side doesn't know yet."""
         found = []
-        for sequence in self._behind:
+        behind, self._behind = self._behind, {}
+        for sequence in behind:
             live = self._live[sequence]
             known, done = live.told - len(sequence.prompt), sequence.finish_reason is not None
             tokens, growth = sequence.tokens[live.told :], None
@@ -203,8 +204,7 @@ class EngineHost:
             found.append((live.number, tokens, growth and tuple(growth)))
             live.told += len(tokens)
             if done:
-                del self._numbered[self._live.pop(sequence).number]
-        self._behind.clear()
+                self._forget(sequence)
         return Grown(found, self._healthy)
 
     def _send(self, message: Any) -> None:
