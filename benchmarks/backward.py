@@ -9,19 +9,16 @@ bits differ that must not. Run alone on the machine.
 """
 
 import functools
-import importlib.metadata
-import json
 import os
 import pathlib
 import sys
-import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernels import DIM, HEADS, KV_HEADS, SHAPES, gpu_us, kernel_times, normal
+from kernels import DIM, HEADS, KV_HEADS, SHAPES, gpu_us, kernel_times, normal, run_sections
 
 from pallas_kernels.attention import backward_sm90 as attention_backward
 from pallas_kernels.attention.op import attention
@@ -262,29 +259,9 @@ SECTIONS = {"bits": bits, "products": products, "gated": gated, "attentions": at
 
 
 def main(out: pathlib.Path, seconds: float, names) -> int:
-    start, wrong = time.time(), 0
-    assert jax.default_backend() == "gpu", "benchmarks need a GPU"
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    rows = [{"device": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d")} | versions]
-    print(json.dumps(rows[0]), flush=True)
-    for name in names or SECTIONS:
-        try:
-            section = SECTIONS[name]()
-            for row in section:
-                rows.append(row)
-                if "differ" in row:
-                    wrong += (row["differ"] > 0) != row.get("control", False)
-                shown = {a: float(f"{b:.4g}") if isinstance(b, float) else b for a, b in row.items()}
-                print(json.dumps(shown, ensure_ascii=False), flush=True)
-                (out / "backward.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
-                if time.time() - start > seconds:
-                    section.close()
-                    break
-        except Exception as problem:  # a failed section must not cost the others their turn
-            wrong += 1
-            print(json.dumps({"section": name, "failed": f"{problem!r:.800}"}), flush=True)
-        print(json.dumps({"section": name, "s": round(time.time() - start, 1)}), flush=True)
-    return int(wrong > 0)
+    rows, failed = run_sections(SECTIONS, names, seconds, out / "backward.json")
+    wrong = [row for row in rows if "differ" in row and (row["differ"] > 0) != row.get("control", False)]
+    return int(failed > 0 or bool(wrong))
 
 
 if __name__ == "__main__":

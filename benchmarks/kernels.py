@@ -326,26 +326,39 @@ def plot(rows, path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def main(out: pathlib.Path, seconds: float, names) -> None:
-    start = time.time()
+def run_sections(sections, names, seconds: float, path: pathlib.Path) -> tuple[list[dict], int]:
+    """Rows of all sections, as they are printed and written to `path`, and how many sections failed.
+
+    Args:
+        sections: by name, what yields their rows.
+        names: which of them; none means all.
+        seconds: after these a section ends with the row that it is at.
+    """
+    start, failed = time.time(), 0
     assert jax.default_backend() == "gpu", "benchmarks need a GPU"
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     rows = [{"device": jax.devices()[0].device_kind, "date": time.strftime("%Y-%m-%d")} | versions]
     print(json.dumps(rows[0]), flush=True)
-    for name in names or SECTIONS:
+    for name in names or sections:
         try:
-            section = SECTIONS[name]()
+            section = sections[name]()
             for row in section:
                 rows.append(row)
                 shown = {a: float(f"{b:.4g}") if isinstance(b, float) else b for a, b in row.items()}
                 print(json.dumps(shown, ensure_ascii=False), flush=True)
-                (out / "kernels.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+                path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
                 if time.time() - start > seconds:
                     section.close()
                     break
         except Exception as problem:  # a failed section must not cost the others their turn
+            failed += 1
             print(json.dumps({"section": name, "failed": f"{problem!r:.800}"}), flush=True)
         print(json.dumps({"section": name, "s": round(time.time() - start, 1)}), flush=True)
+    return rows, failed
+
+
+def main(out: pathlib.Path, seconds: float, names) -> None:
+    rows, _ = run_sections(SECTIONS, names, seconds, out / "kernels.json")
     if list(speeds(rows)):
         plot(rows, out / "kernels.png")
 

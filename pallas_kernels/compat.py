@@ -58,6 +58,16 @@ def interpreting() -> bool:
     return jax._src.config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
+def drain(barriers, stages: int, steps) -> None:
+    """Waits for the last phase of each barrier of a ring that went through `steps`: the interpreter wants it seen."""
+
+    def wait(step, _):
+        plgpu.barrier_wait(barriers.at[lax.rem(step, jnp.int32(stages))])
+        return ()
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, ())
+
+
 def require_hopper(op: str) -> None:
     """Raises ValueError on a GPU other than Hopper; a machine without one may interpret or lower kernels."""
     if jax.default_backend() != "gpu":

@@ -68,13 +68,18 @@ def test_products(rows):
         )
 
 
+def with_dead_rows(x, dy):
+    """dy without two of its rows, and x with NaN there."""
+    dead = np.array([3, 64])
+    dy, poisoned = dy.copy(), x.copy()
+    dy[dead], poisoned[dead] = 0, np.nan
+    return dy, poisoned
+
+
 def test_rows_without_a_gradient_add_nothing_even_if_they_are_nan():
     """To a matrix's gradient; of 70 rows two are NaN. With a gradient they are seen."""
     x, w, dy = normal(0, 70, 80), pack_matrix(normal(1, 80, 96)), np.ones((70, 96), np.float32)
-    dead = np.array([3, 64])
-    dy[dead] = 0
-    poisoned = x.copy()
-    poisoned[dead] = np.nan
+    dy, poisoned = with_dead_rows(x, dy)
 
     @jax.jit
     def dw(x, dy):
@@ -87,10 +92,7 @@ def test_rows_without_a_gradient_add_nothing_even_if_they_are_nan():
 def test_a_norm_sees_no_rows_without_a_gradient():
     """Neither its weight's gradient nor theirs, be they NaN."""
     x, w, dy = normal(0, 70, 96), normal(1, 96), normal(2, 70, 96)
-    dead = np.array([3, 64])
-    dy[dead] = 0
-    poisoned = x.copy()
-    poisoned[dead] = np.nan
+    dy, poisoned = with_dead_rows(x, dy)
 
     @jax.jit
     def gradients(x, dy):

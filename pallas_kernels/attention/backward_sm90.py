@@ -32,7 +32,7 @@ from pallas_kernels.attention.backward_tiles_sm90 import (
     to_rows,
     to_tiles,
 )
-from pallas_kernels.compat import fused_multiply_add, interpreting, pl, plgpu, reduce_columns
+from pallas_kernels.compat import drain, fused_multiply_add, interpreting, pl, plgpu, reduce_columns
 
 KEYS = 64
 STAGES = 2
@@ -193,7 +193,7 @@ def _queries(shape, pool, count, groups, dtype, scale, window, soft_cap, _interp
                     return ()
 
                 lax.fori_loop(0, 2 * blocks, each_block, ())
-                _drain(free, 2 * blocks)
+                drain(free, STAGES, 2 * blocks)
 
         swizzle = softmax.swizzled(dim)
         held = plgpu.SMEM((groups, softmax.ROWS, dim), dtype, transforms=swizzle)
@@ -231,14 +231,6 @@ def _exponentials(scores, c: float, less):
 
 def _sum(x):
     return reduce_columns(x, softmax.TILE, softmax.ROW)
-
-
-def _drain(free, steps):
-    def wait(step, _):
-        plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(STAGES))])
-        return ()
-
-    lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, wait, ())
 
 
 @functools.cache
@@ -350,7 +342,7 @@ def _keys(shape, pool, keys, dtype, scale, window, soft_cap, _interpreting):
                     return carry
 
                 walk(fetch, ())
-                _drain(free, steps)
+                drain(free, STAGES, steps)
 
         swizzle = softmax.swizzled(dim)
         kept = plgpu.SMEM((held, KEYS, dim), dtype, transforms=swizzle)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arrays import round_up
-from pallas_kernels.compat import interpreting, kernel_in_place, pl, plgpu
+from pallas_kernels.compat import drain, interpreting, kernel_in_place, pl, plgpu
+from pallas_kernels.gradient import live_rows
 from pallas_kernels.matmul.mosaic_gpu_sm90 import GATE_GROUP, K_BLOCK, REGISTERS, SHARED_BYTES, SMS
 from pallas_kernels.reduce import pin
 from pallas_kernels.rows import over_rows
@@ -62,7 +63,7 @@ def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
         tile: another tile than the usual one.
     """
     blocks, columns, _ = total.shape
-    x = jnp.where(jnp.any(dy != 0, axis=1)[:, None], x, 0)
+    x = jnp.where(live_rows(dy), x, 0)
     x, dy = _padded(x, blocks * K_BLOCK), _padded(dy, columns)
     wide, groups = (
         _divisor(blocks * K_BLOCK, tile.wide),
@@ -259,13 +260,8 @@ def _product(tiles, steps, load, start, finish, *, groups, right, turned, copies
                 lax.fori_loop(0, steps, each_step, ())
 
             each_tile(work)
-            if interpreting():  # the interpreter wants every barrier's last phase seen
-
-                def drain(step, _):
-                    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
-                    return ()
-
-                lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, ())
+            if interpreting():
+                drain(empty, stages, mine * steps)
 
         @pl.when(group < groups)
         def _consume():

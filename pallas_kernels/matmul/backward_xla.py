@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gradient import live_rows
 from pallas_kernels.reduce import dot_f32, pin
 from pallas_kernels.rows import over_rows
 
@@ -41,7 +42,7 @@ def _outer(start, x, dy):
     """start + xᵀ · dy, [K, N] in float32; a row whose dy is all zero adds nothing, even if its x is NaN."""
 
     def add(sum, x, dy):
-        x = jnp.where(jnp.any(dy != 0, axis=1)[:, None], x, 0)
+        x = jnp.where(live_rows(dy), x, 0)
         return pin(sum + pin(dot_f32(x, dy, (((0,), (0,)), ((), ()))))), None
 
     return over_rows(add, start, x, dy)[0]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import interpreting, pl, plgpu, require_hopper
+from pallas_kernels.compat import drain, interpreting, pl, plgpu, require_hopper
 from pallas_kernels.matmul.tuning_sm90 import Tile
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
 
@@ -240,13 +240,8 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                     return ()
 
                 lax.fori_loop(0, count, each_tile, ())
-                if interpreted:  # the interpreter wants every barrier's last phase seen
-
-                    def drain(step, _):
-                        plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
-                        return ()
-
-                    lax.fori_loop(jnp.maximum(count * steps - stages, 0), count * steps, drain, ())
+                if interpreted:
+                    drain(empty, stages, count * steps)
 
             @pl.when(group < groups)
             def _consume():

@@ -10,13 +10,14 @@ def rms_norm(static, operands, dy):
     """Cotangents of (x, weight)."""
     eps, _ = static
     x, weight = operands
-    dx, normal = through_norm(x, value_of(weight), dy, eps)
-    parts = jnp.where(live_rows(dy), normal * dy.astype(jnp.float32), 0)
-    return dx.astype(x.dtype), cotangent(weight, add_rows(sum_so_far(weight), pin(parts)))
+    dx, parts = through_norm(x, value_of(weight), dy, eps)
+    return dx.astype(x.dtype), cotangent(weight, add_rows(sum_so_far(weight), parts))
 
 
 def through_norm(x, weight, dy, eps):
-    """(dx, x · i) in float32: dx = i · (g − x · i · mean(g · x · i)), g = dy · weight, i = 1/√(mean x² + eps).
+    """(dx, x · i · dy) in float32: dx = i · (g − x · i · mean(g · x · i)), g = dy · weight, i = 1/√(mean x² + eps).
+
+    The second, added up over rows, is the weight's gradient. Both are 0 in rows without a gradient, be x NaN.
 
     Every step is an operation that IEEE defines or a pinned sum, so that no bit depends on the number of rows.
     """
@@ -26,4 +27,5 @@ def through_norm(x, weight, dy, eps):
     normal = pin(x * inverse)
     mean = row_sum(pin(g * normal)) * (1.0 / size)
     dx = pin((g - pin(normal * mean)) * inverse)
-    return jnp.where(live_rows(dy), dx, 0), normal
+    live = live_rows(dy)
+    return jnp.where(live, dx, 0), pin(jnp.where(live, normal * dy.astype(jnp.float32), 0))

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.gradient import add_rows, cotangent, live_rows, sum_so_far, value_of
+from pallas_kernels.gradient import add_rows, cotangent, sum_so_far, value_of
 from pallas_kernels.reduce import pin
 from pallas_kernels.rms_norm.backward import through_norm
 
@@ -33,10 +33,8 @@ def _through_norm(x, weight, dy, eps):
     if weight is None:
         return dy, None
     dim = x.shape[-1]
-    flat = dy.reshape(-1, dim)
-    dx, normal = through_norm(x.reshape(-1, dim), value_of(weight), flat, eps)
-    parts = pin(jnp.where(live_rows(flat), normal * flat, 0)).reshape(x.shape)
-    return dx.reshape(x.shape), cotangent(weight, add_rows(sum_so_far(weight), parts))
+    dx, parts = through_norm(x.reshape(-1, dim), value_of(weight), dy.reshape(-1, dim), eps)
+    return dx.reshape(x.shape), cotangent(weight, add_rows(sum_so_far(weight), parts.reshape(x.shape)))
 
 
 def _rotate_back(dy, angles):
