@@ -81,18 +81,27 @@ def cotangent(weight: Weight, total: Float[Array, "..."], *, lookup: bool = Fals
     return Trained(None, total)  # type: ignore[arg-type]
 
 
-def with_gradient(backward: Callable[..., tuple]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def with_gradient(
+    backward: Callable[..., tuple], saving: Callable[..., tuple[Any, Any]] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives `f(static, *operands)` the cotangents `backward(static, operands, cotangent of the result)`.
 
-    `f` stays what it is: the forward pass under differentiation, rematerialised or not, is `f` itself.
+    `f` stays what it is: the forward pass under differentiation, rematerialised or not, is `f` itself, or `saving`.
+
+    Args:
+        saving: (static, *operands) -> (f's result to the last bit, what backward gets after the operands).
     """
 
     def decorate(f):
         differentiable = jax.custom_vjp(f, nondiff_argnums=(0,))
-        differentiable.defvjp(
-            lambda static, *operands: (differentiable(static, *operands), operands),
-            backward,
-        )
+
+        def forward(static, *operands):
+            if saving is None:
+                return differentiable(static, *operands), (operands,)
+            result, saved = saving(static, *operands)
+            return result, (operands, saved)
+
+        differentiable.defvjp(forward, lambda static, kept, dy: backward(static, *kept, dy))
         return differentiable
 
     return decorate
