@@ -20,6 +20,7 @@ from pallas_kernels.gradient import Trained
 from pallas_kernels.matmul import backward_sm90 as backward
 from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
 from pallas_kernels.matmul.backward_sm90 import Tile
+from pallas_kernels.matmul.live_sm90 import live_chunks
 from pallas_kernels.matmul.op import gated_matmul, matmul
 
 K, N = 192, 128
@@ -65,20 +66,33 @@ def test_weight_gradient_has_the_same_bits_however_rows_are_cut(tile):
     assert error(whole, exact + exact_x.T @ exact_dy) < 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.interpret
-def test_weight_gradient_of_dead_rows_and_odd_sizes():
-    """Rows without a gradient add nothing, NaN or not; 70 rows, 100 k and 70 columns fill no tile."""
-    x, dy, start = normal(0, 70, 100), normal(1, 70, 70), kernel.pack(jnp.zeros((100, 70), jnp.float32))
-    dead = np.array([3, 64])
-    dy = dy.at[dead].set(0)
+def test_live_chunks_are_listed_in_order():
+    """One value is enough, NaN or in the last column; a chunk of 16 pieces and more is read to its end."""
+    dy = jnp.zeros((6 * 64, 1152), jnp.bfloat16)
     with gpu_interpreter():
-        clean, found = (
-            kernel.unpack(backward.weight_gradient(start, rows, dy), 100, 70)
-            for rows in (x, x.at[dead].set(jnp.nan))
+        none, many = (
+            live_chunks(x) for x in (dy, dy.at[70, 3].set(1).at[191 + 64, -1].set(-1).at[-1, -1].set(jnp.nan))
         )
-        hit = backward.weight_gradient(start, x.at[4].set(jnp.nan), dy)
+    assert none[1] == 0
+    assert many[1] == 3
+    np.testing.assert_array_equal(many[0][:3], [1, 3, 5])
+
+
+@pytest.mark.interpret
+def test_weight_gradient_of_dead_chunks_and_odd_sizes():
+    """64 rows without a gradient add nothing, NaN or not; 200 rows, 100 k and 70 columns fill no tile."""
+    x, dy, start = normal(0, 200, 100), normal(1, 200, 70), kernel.pack(jnp.zeros((100, 70), jnp.float32))
+    dead = np.r_[64:128, 192:200]
+    dy = dy.at[dead].set(0)
+    poisoned = x.at[dead].set(jnp.nan)
+    with gpu_interpreter():
+        call = jax.jit(backward.weight_gradient)
+        clean, found = (kernel.unpack(call(start, rows, dy), 100, 70) for rows in (x, poisoned))
+        hit = call(start, x.at[4].set(jnp.nan), dy)
+        kept = call(start + 1, jnp.full_like(x, jnp.nan), jnp.zeros_like(dy))
     np.testing.assert_array_equal(bits(found), bits(clean))
+    np.testing.assert_array_equal(bits(kept), bits(start + 1))
     assert np.isnan(hit).any(), "a NaN in a row with a gradient is seen"
     exact_x, exact_dy = wide(x, dy)
     assert error(clean, exact_x.T @ exact_dy) < 1e-6

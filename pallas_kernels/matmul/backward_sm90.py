@@ -1,10 +1,10 @@
 """The matmul's gradient on Hopper: dw = sum so far + xᵀ · dy and dx = dy · wᵀ, both on the packed weights.
 
 Order, per value of dw: the accumulator starts from the sum so far and adds products in ascending rows, in wgmma steps
-of 16. So a cut between micro-batches at a multiple of 16 rows is a store and a load of the accumulator and changes no
-bit; rows of zeros add exact zeros. Per value of dx: products in ascending columns as packed (32 of gate, 32 of up, and
-so on, in a gated product), in wgmma steps of 16, from zero; one rounding at the end. Tile shape, stages and number of
-CTAs don't touch either.
+of 16, chunks of GRADIENT_ROWS rows without a gradient left out. So a cut between micro-batches at a multiple of
+GRADIENT_ROWS is a store and a load of the accumulator and changes no bit. Per value of dx: products in ascending
+columns as packed (32 of gate, 32 of up, and so on, in a gated product), in wgmma steps of 16, from zero; one rounding
+at the end. Tile shape, stages and number of CTAs don't touch either.
 
 Both are one product, leftᵀ · right, whose left operand [contraction, 64 per warpgroup] wgmma reads transposed. What is
 64 wide on the left is a block of the packed layout in dx and 64 columns in dw, so neither needs another layout.
@@ -19,12 +19,14 @@ from jax import lax
 
 from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import drain, interpreting, kernel_in_place, pl, plgpu
-from pallas_kernels.gradient import live_rows
+from pallas_kernels.matmul.live_sm90 import live_chunks
 from pallas_kernels.matmul.mosaic_gpu_sm90 import GATE_GROUP, K_BLOCK, REGISTERS, SHARED_BYTES, SMS
+from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import pin
 from pallas_kernels.rows import over_rows
 
-DEPTH = 64
+DEPTH = GRADIENT_ROWS
+"""Contraction per step: rows of dw, columns of dx."""
 ACTIVATION_ROWS = 512
 """Rows of one pass through the activation's gradient, which XLA computes in one shape."""
 
@@ -37,7 +39,7 @@ class Tile:
     """Consumer warpgroups, 64 columns (dw) or 64 k (dx) each."""
     wide: int = 256
     """Most k (dw) or rows (dx) per CTA."""
-    band: int = 8
+    band: int = 4
     """Tiles of the wide axis that go together, so that what they read stays in L2."""
 
 
@@ -58,12 +60,12 @@ def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
 
     Args:
         total: the float32 sum so far, as packed: [ceil(K / 64), N rounded up to 64, 64].
-        x: [M, K] in bfloat16 or float16. A row whose dy is all zero adds nothing, even if it is NaN.
+        x: [M, K] in bfloat16 or float16. GRADIENT_ROWS rows from a multiple of that on whose dy is all zero add
+            nothing, even if they are NaN; the others must be finite, a single row without a gradient too.
         dy: [M, N] in x's dtype, N up to the packed one.
         tile: another tile than the usual one.
     """
     blocks, columns, _ = total.shape
-    x = jnp.where(live_rows(dy), x, 0)
     x, dy = _padded(x, blocks * K_BLOCK), _padded(dy, columns)
     wide, groups = (
         _divisor(blocks * K_BLOCK, tile.wide),
@@ -71,7 +73,7 @@ def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
     )
     call = _weight_kernel(x.shape, columns, x.dtype, groups, wide, tile.band, interpreting())
     sums = jax.new_ref(total)
-    call(x, dy, sums)
+    call(x, dy, *live_chunks(dy), sums)
     return jax.freeze(sums)
 
 
@@ -121,12 +123,12 @@ def _divisor(size: int, most: int) -> int:
 
 @functools.cache
 def _weight_kernel(shape, columns, dtype, groups, wide, band, _interpreting):
-    rows, k = shape
+    k = shape[1]
     blocks = wide // K_BLOCK
 
-    def body(x_g, dy_g, sums_g):
-        def load(row, column, step, left, right, full):
-            depth = pl.ds(step * DEPTH, DEPTH)
+    def body(x_g, dy_g, chunks_g, count_g, sums_g):
+        def load(row, column, chunk, left, right, full):
+            depth = pl.ds(chunk * DEPTH, DEPTH)
             for group in range(groups):
                 part = dy_g.at[depth, pl.ds((row * groups + group) * 64, 64)]
                 plgpu.copy_gmem_to_smem(part, left.at[group], full)
@@ -148,7 +150,8 @@ def _weight_kernel(shape, columns, dtype, groups, wide, band, _interpreting):
 
         _product(
             (columns // (64 * groups), k // wide),
-            rows // DEPTH,
+            count_g[0],
+            lambda step: chunks_g[step],
             load,
             start,
             finish,
@@ -187,6 +190,7 @@ def _input_kernel(shape, blocks, dtype, groups, wide, band, _interpreting):
         _product(
             (blocks // groups, rows // wide),
             columns // DEPTH,
+            lambda step: step,
             load,
             lambda *_: None,
             finish,
@@ -217,13 +221,14 @@ def _launch(kernel, body, name, tiles, groups, **options):
     )
 
 
-def _product(tiles, steps, load, start, finish, *, groups, right, turned, copies, band, dtype, out):
+def _product(tiles, steps, place, load, start, finish, *, groups, right, turned, copies, band, dtype, out):
     """leftᵀ · right by tiles: one producer warpgroup, `groups` consumers of 64 rows of the result each.
 
     Args:
         tiles: number of tiles along the rows and columns of the result.
-        steps: steps of DEPTH.
-        load: (tile's row, column, step, left [groups, DEPTH, 64], right, barrier): `copies` copies.
+        steps: steps of DEPTH; without any nothing is done.
+        place: step -> which DEPTH of the contraction it takes.
+        load: (tile's row, column, place, left [groups, DEPTH, 64], right, barrier): `copies` copies.
         start: (tile's row, column, group) -> what the accumulator starts from, or None for zeros.
         finish: (accumulator, tile's row, column, group, out).
         right: the shape of a stage of the right operand: [DEPTH, columns], or [columns, DEPTH] if it is `turned`.
@@ -237,6 +242,7 @@ def _product(tiles, steps, load, start, finish, *, groups, right, turned, copies
     def scoped(left_s, right_s, full, empty, out_s=None):
         group, cta = lax.axis_index("wg"), lax.axis_index("cta")
         mine = lax.div(jnp.int32(count - 1) - cta, jnp.int32(ctas)) + 1
+        mine = jnp.where(steps > 0, mine, 0)
 
         def each_tile(work):
             def body(local, _):
@@ -252,9 +258,9 @@ def _product(tiles, steps, load, start, finish, *, groups, right, turned, copies
 
             def work(first, row, column):
                 def each_step(i, _):
-                    slot = lax.rem(first + i, jnp.int32(stages))
+                    slot, at = lax.rem(first + i, jnp.int32(stages)), place(i)
                     pl.when(first + i >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    load(row, column, i, left_s.at[slot], right_s.at[slot], full.at[slot])
+                    load(row, column, at, left_s.at[slot], right_s.at[slot], full.at[slot])
                     return ()
 
                 lax.fori_loop(0, steps, each_step, ())

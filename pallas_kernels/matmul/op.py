@@ -81,8 +81,9 @@ def matmul(
 
     Its gradient by w adds rows in ascending order to the sum that `Trained` brings, in float32: wherever a batch is cut
     at a multiple of GRADIENT_ROWS rows, the bits are the same. With "mosaic_gpu" products join the sum one wgmma step
-    of 16 rows after the other; elsewhere 64 rows are summed apart, and then added. A row whose dy is all zero adds
-    nothing, even if its x is NaN. The gradient by x is dy · wᵀ, a sum over ascending columns.
+    of 16 rows after the other; elsewhere GRADIENT_ROWS are summed apart, and then added. A row whose dy is all zero
+    adds nothing, even if its x is NaN; with "mosaic_gpu" GRADIENT_ROWS rows, from a multiple of that on, whose dy is
+    all zero. The gradient by x is dy · wᵀ, a sum over ascending columns.
 
     Args:
         x: rows in float32, bfloat16 or float16; row m of the result depends on row m of `x` alone.
