@@ -6,6 +6,7 @@ import pytest
 import rl_gradients
 import rl_on_policy
 import rl_seeds
+import train_step
 
 from jaxdet import LLM
 from jaxdet.checkpoints import open_checkpoint
@@ -59,3 +60,22 @@ def test_pairs_and_gradients(tmp_path):
         assert 0.001 < found[name]["mean error"] < 0.1
         assert 0.99 < found[name]["mean along"] < 1.01
         assert found[name]["mean gain"] > 0
+
+
+@pytest.mark.slow
+def test_both_sides_of_a_training_step_compute_the_same(tmp_path):
+    train_step.main(
+        shape=train_step.Shape.tiny,
+        micro_batches=2,
+        sequences=2,
+        length=100,
+        remat=train_step.Remat.on,
+        repeats=1,
+        out=tmp_path / "train-step.json",
+    )
+    (run,) = json.loads((tmp_path / "train-step.json").read_text())["runs"]
+    ours, plain = run["ours"], run["plain"]
+    assert plain["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+    assert plain["gradient norm"] == pytest.approx(ours["gradient norm"], rel=1e-2)
+    assert ours["cuts"]["differ"] == 0 < ours["cuts"]["control differs"] < ours["cuts"]["compared"]
+    assert run["plain / ours"] > 0
