@@ -486,9 +486,13 @@ def main(
     repeats: int = 5,
     out: Path = Path("train-step.json"),
 ) -> None:
-    if sequences % 2:
+    if sequences % 2 or sequences < 2:
         raise typer.BadParameter(
             f"--sequences {sequences} must be even: a micro-batch is compared with its halves"
+        )
+    if length <= GRADIENT_ROWS:  # two sequences of a chunk each: a sum of two parts has one order
+        raise typer.BadParameter(
+            f"--length {length} must be above {GRADIENT_ROWS}, or the control cannot differ"
         )
     raw = SHAPES[shape] | ({"vocab_size": vocab} if vocab else {})
     settings = SETTINGS[remat]
