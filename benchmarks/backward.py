@@ -21,10 +21,12 @@ import numpy as np
 from kernels import DIM, HEADS, KV_HEADS, SHAPES, gpu_us, kernel_times, normal, run_sections
 
 from pallas_kernels.attention import backward_sm90 as attention_backward
+from pallas_kernels.attention import mosaic_gpu_sm90 as attention_forward
 from pallas_kernels.attention.op import attention
 from pallas_kernels.gradient import Trained
 from pallas_kernels.matmul import backward_sm90 as backward
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
+from pallas_kernels.matmul.activation_sm90 import before_activation
 from pallas_kernels.matmul.backward_sm90 import Tile
 from pallas_kernels.matmul.op import gated_matmul
 
@@ -80,7 +82,7 @@ def products():
 
 
 def gated():
-    """Forward and backward of an MLP's first half, the gradients added to a float32 sum."""
+    """Forward and backward of an MLP's first half, the gradients added to a float32 sum; and what it consists of."""
     k, n = SHAPES["gate_up"][0], SHAPES["gate_up"][1] // 2
     gate, up = normal(2, k, n, scale=0.02), normal(3, k, n, scale=0.02)
     packed = jax.jit(matmul.pack_gated)(gate, up)
@@ -114,6 +116,18 @@ def gated():
         }
         yield row | {"ratio": other / us, "TFLOP/s": 6 * rows * k * 2 * n / us / 1e6}
 
+        options = {"n": n, "activation": "silu"}
+        row = {"op": "gated, forward", "M": rows}
+        row["us"], _ = timed(jax.jit(functools.partial(matmul.gated_matmul, **options)), x, packed)
+        saving = jax.jit(functools.partial(matmul.gated_matmul_saving, **options))
+        row["saving us"], _ = timed(saving, x, packed)
+        yield row
+        inner, through = saving(x, packed)[1], jax.jit(before_activation, static_argnames="activation")
+        for activation in ("silu", "gelu_tanh"):
+            row = {"op": "activation, backward", "activation": activation, "M": rows}
+            row["us"], _ = timed(functools.partial(through, activation=activation), inner, dy)
+            yield row | {"TB/s": 10 * rows * n / row["us"] / 1e6}
+
 
 def tiles():
     for rows in (8192, 1024):
@@ -145,8 +159,10 @@ def attentions():
         for count, length in LENGTHS:
             arguments = _sequences(count, length, dim)
             options = {"scale": dim**-0.5, "window": None, "soft_cap": None}
+            *operands, d_out = arguments
+            _, saved = jax.jit(functools.partial(attention_forward.attention_saving, **options))(*operands)
             call = jax.jit(functools.partial(attention_backward.attention, **options))
-            rounds = kernel_times(call, [arguments], 5)
+            rounds = kernel_times(call, [(*operands, saved, d_out)], 5)
             row = {"op": "attention", "sequences": count, "tokens": length, "head_dim": dim}
             row |= {
                 "backward us": float(np.median([sum(times) for times in rounds])),
@@ -237,6 +253,7 @@ def bits():
         yield compare(f"dx, {tile}", dx(dy, w, k, tile=tile), through)
     for some in (1, 64, 130, 1000):
         yield compare(f"dx, {some} rows", dx(dy[:some], w, k), through[:some])
+    yield from _gated_bits(x, compare)
     for dim in (64, 96, 128, 256):
         for option in ({}, {"window": 200}, {"soft_cap": 30.0}):
             yield from _attention_bits(
@@ -244,16 +261,67 @@ def bits():
             )
 
 
+def _gated_bits(x, compare):
+    """The forward that saves beside the one that doesn't, and the activation's gradient of a row anywhere."""
+    rows, k = x.shape
+    n = SHAPES["gate_up"][1] // 2
+    packed, dy = normal(4, k // 64, 2 * n, 64, scale=0.02), normal(5, rows, n)
+    for activation, act in (("silu", jax.nn.silu), ("gelu_tanh", jax.nn.gelu)):
+        options = {"n": n, "activation": activation}
+        saving = jax.jit(functools.partial(matmul.gated_matmul_saving, **options))
+        through = jax.jit(functools.partial(before_activation, activation=activation))
+        for some in (rows, 1000, 130, 64, 1):
+            y, inner = saving(x[:some], packed)
+            plain = matmul.gated_matmul(x[:some], packed, **options)
+            yield compare(f"{activation}, {some} rows, the result", y, plain)
+            product = matmul.matmul(x[:some], packed, n=2 * n)
+            yield compare(f"{activation}, {some} rows, saved", inner, product)
+        inner = saving(x, packed)[1]
+        d_inner = through(inner, dy)
+        for first, last in ((0, 64), (1024, 1216)):
+            part = through(inner[first:last], dy[first:last])
+            yield compare(f"{activation} backward, rows {first} to {last}", part, d_inner[first:last])
+        yield compare(f"{activation} backward, other rows", part, d_inner[: last - first], control=True)
+
+        def plain(inner, dy, act=act):
+            f = lambda x: act(x[:, :, 0]) * x[:, :, 1]  # noqa: E731
+            pairs, dy = inner.astype(jnp.float32).reshape(rows, -1, 2, 32), dy.astype(jnp.float32)
+            return jax.vjp(f, pairs)[1](dy.reshape(rows, -1, 32))[0].reshape(inner.shape)
+
+        exact = jax.jit(plain)(inner, dy)
+        error = float(jnp.linalg.norm(d_inner - exact) / jnp.linalg.norm(exact))
+        yield {"op": f"{activation} backward", "relative error": error}
+
+
 def _attention_bits(dim, options, compare, count=3, length=700):
-    call = jax.jit(functools.partial(attention_backward.attention, **options))
+    """Sequences side by side and alone, before rows of NaN that are none's; results kept for a gradient or not."""
+
+    @jax.jit
+    def call(q, k, v, tables, starts, lens, d_out):
+        fill = lambda x: jnp.pad(x, ((0, 100), (0, 0), (0, 0)), constant_values=jnp.nan)  # noqa: E731
+        operands = fill(q), k, v, tables, starts, lens
+        out, saved = attention_forward.attention_saving(*operands, **options)
+        plain = attention_forward.attention(*operands, **options, max_query_len=length)
+        dq, dk, dv = attention_backward.attention(*operands, saved, fill(d_out), **options)
+        return dq, dk, dv, out, plain
+
     q, k, v, tables, starts, lens, d_out = _sequences(count, length, dim)
     packed = call(q, k, v, tables, starts, lens, d_out)
     what = f"attention {dim}, {options}"
     for s in range(count):
         rows, pages = np.s_[s * length : (s + 1) * length], np.asarray(tables[s])
+
+        def mine(dq, dk, dv, out, plain, begin, pages=pages):
+            rows = np.s_[begin : begin + length]
+            return dq[rows], dk[pages], dv[pages], out[rows], plain[rows]
+
         alone = call(q[rows], k, v, tables[s : s + 1], starts[:2], lens[:1], d_out[rows])
-        mine = packed[0][rows], *(x[pages] for x in packed[1:])
-        yield compare(f"{what}, sequence {s} alone", (alone[0], *(x[pages] for x in alone[1:])), mine)
+        got, want = mine(*alone, begin=0), mine(*packed, begin=s * length)
+        yield compare(f"{what}, sequence {s} alone", got, want)
+    for name, (dq, *_, out, plain) in {"alone": alone, "together": packed}.items():
+        yield compare(f"{what}, kept, {name}", out, plain)
+        none = [x[-100:] for x in (dq, out)]
+        yield compare(f"{what}, rows of no sequence, {name}", none, [jnp.zeros_like(x) for x in none])
     other = np.asarray(tables[1]), np.asarray(tables[0])
     yield compare(f"{what}, another sequence", *(packed[1][pages] for pages in other), control=True)
 

@@ -19,6 +19,7 @@ from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.gradient import Trained
 from pallas_kernels.matmul import backward_sm90 as backward
 from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
+from pallas_kernels.matmul.activation_sm90 import before_activation
 from pallas_kernels.matmul.backward_sm90 import Tile
 from pallas_kernels.matmul.live_sm90 import live_chunks
 from pallas_kernels.matmul.op import gated_matmul, matmul
@@ -117,6 +118,45 @@ def test_input_gradient_of_a_row_depends_on_itself_alone(tile, k):
     assert error(full, exact_dy @ exact_w.T) < 3e-3
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("rows", [8, pytest.param(130, marks=pytest.mark.slow)])
+def test_gate_and_up_are_saved_beside_the_same_bits(rows):
+    """The result's bits are those of the kernel that saves nothing; what is saved is the plain product's."""
+    x, w = normal(0, rows, K), kernel.pack_gated(normal(1, K, N) / 8, normal(2, K, N) / 8)
+    options = {"n": N, "activation": "silu"}
+    with gpu_interpreter():
+        plain = kernel.gated_matmul(x, w, **options)
+        y, inner = kernel.gated_matmul_saving(x, w, **options)
+        product = kernel.matmul(x, w, n=2 * N)
+    np.testing.assert_array_equal(bits(y), bits(plain))
+    np.testing.assert_array_equal(bits(inner), bits(product))
+    assert y.size == rows * N
+    assert (bits(inner) != bits(product)[:, ::-1]).any(), "the comparison sees other columns"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_gradient_is_close_to_float64_and_a_rows_own(activation):
+    inner, dy = normal(0, 64, 128) * 4, normal(1, 64, 64)
+    inner = inner.at[0].set(jnp.linspace(-100, 100, 128, dtype=inner.dtype))
+    dy = dy.at[2].set(0)
+    with gpu_interpreter():
+        found = before_activation(inner, dy, activation)
+        hostile = before_activation(inner.at[::2].set(jnp.nan), dy, activation)
+    np.testing.assert_array_equal(bits(hostile)[1::2], bits(found)[1::2])
+    assert np.isnan(hostile[::2]).any(axis=1).sum() == 31, "the comparison sees the hostile rows"
+    assert (hostile[2] == 0).all(), "a row without a gradient has none before the activation"
+    act = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[activation]
+    with jax.enable_x64(True):
+        gate, up = (
+            np.asarray(inner, np.float64).reshape(64, 2, 2, 32).transpose(2, 0, 1, 3).reshape(2, 64, 64)
+        )
+        exact = jax.vjp(lambda g, u: act(g) * u, gate, up)[1](np.asarray(dy, np.float64))
+    found = np.asarray(found, np.float64).reshape(64, 2, 2, 32).transpose(2, 0, 1, 3).reshape(2, 64, 64)
+    for got, want in zip(found, exact, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.interpret
 def test_gradients_of_the_ops_are_close_to_float64():
@@ -156,7 +196,11 @@ def test_every_tile_lowers_for_cuda(tile, k, n):
     struct = jax.ShapeDtypeStruct
     packed = -(-k // 64), n, 64
     x, dy = struct((1024, k), jnp.bfloat16), struct((1024, n), jnp.bfloat16)
+    saving = functools.partial(kernel.gated_matmul_saving, n=n // 2, activation="silu")
+    through = functools.partial(before_activation, activation="gelu_tanh")
     for f, arguments in (
+        (saving, (x, struct(packed, jnp.bfloat16))),
+        (through, (dy, struct((1024, n // 2), jnp.bfloat16))),
         (lambda dy, w: backward.input_gradient(dy, w, k, tile=tile), (dy, struct(packed, jnp.bfloat16))),
         (functools.partial(backward.weight_gradient, tile=tile), (struct(packed, jnp.float32), x, dy)),
     ):
@@ -177,5 +221,5 @@ def test_a_trainers_step_lowers_for_cuda_with_every_kernel():
 
     traced = jax.jit(step, donate_argnums=0).trace(GradientSums.zeros(params), params, micro)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    for name, least in (("dw_", 5), ("dx_", 5), ("attention_dq", 1), ("attention_dkv", 1)):
+    for name, least in (("dw_", 5), ("dx_", 5), ("before_", 1), ("attention_dq", 1), ("attention_dkv", 1)):
         assert len(set(re.findall(rf"{name}\w*_mosaic_gpu", program))) >= least, name

@@ -24,12 +24,21 @@ def matmul(static, operands, dy):
     )
 
 
-def gated_matmul(static, operands, dy):
-    """Cotangents of (x, packed); gate and up are computed again."""
+def gated_forward(static, x, packed):
+    """(the gated product, what its gradient wants of it)."""
+    n, activation, out_dtype, backend = static
+    kernel, options = registry.load("matmul", backend), {"n": n, "activation": activation}
+    return registry.load_backward("matmul", backend).gated_forward(
+        kernel, x, value_of(packed), out_dtype=out_dtype, **options
+    )
+
+
+def gated_matmul(static, operands, saved, dy):
+    """Cotangents of (x, packed)."""
     n, activation, _, backend = static
     x, packed = operands
     dx, total = registry.load_backward("matmul", backend).gated_matmul(
-        registry.load("matmul", backend), x, value_of(packed), sum_so_far(packed), dy, n, activation
+        registry.load("matmul", backend), x, value_of(packed), sum_so_far(packed), saved, dy, n, activation
     )
     return dx, cotangent(packed, total)
 

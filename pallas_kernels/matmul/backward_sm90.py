@@ -17,18 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import drain, interpreting, kernel_in_place, pl, plgpu
+from pallas_kernels.matmul.activation_sm90 import before_activation
 from pallas_kernels.matmul.live_sm90 import live_chunks
-from pallas_kernels.matmul.mosaic_gpu_sm90 import GATE_GROUP, K_BLOCK, REGISTERS, SHARED_BYTES, SMS
+from pallas_kernels.matmul.mosaic_gpu_sm90 import K_BLOCK, REGISTERS, SHARED_BYTES, SMS
 from pallas_kernels.numerics import GRADIENT_ROWS
-from pallas_kernels.reduce import pin
-from pallas_kernels.rows import over_rows
 
 DEPTH = GRADIENT_ROWS
 """Contraction per step: rows of dw, columns of dx."""
-ACTIVATION_ROWS = 512
-"""Rows of one pass through the activation's gradient, which XLA computes in one shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +44,16 @@ def matmul(_kernel, x, packed, total, dy, _n):
     return input_gradient(dy, packed, x.shape[1]), weight_gradient(total, x, dy)
 
 
-def gated_matmul(kernel, x, packed, total, dy, n, activation):
-    """The same for act(x · w_gate) · (x · w_up); gate and up are computed again."""
-    inner = kernel.matmul(x, packed, n=packed.shape[1], out_dtype=jnp.float32)
-    d_inner = _before_activation(inner, dy, n, kernel.ACTIVATIONS[activation], x.dtype)
-    return matmul(kernel, x, packed, total, d_inner, d_inner.shape[1])
+def gated_forward(kernel, x, packed, **options):
+    """(act(x · w_gate) · (x · w_up), what `gated_matmul` wants of it: gate and up in x's dtype, as packed)."""
+    return kernel.gated_matmul_saving(x, packed, **options)
+
+
+def gated_matmul(_kernel, x, packed, total, inner, dy, _n, activation):
+    """`matmul`'s for act(x · w_gate) · (x · w_up), with `inner` from `gated_forward`."""
+    columns = inner.shape[1]
+    d_inner = before_activation(_padded(inner, columns), _padded(dy, columns // 2), activation)
+    return input_gradient(d_inner, packed, x.shape[1])[: len(x)], weight_gradient(total, x, d_inner)
 
 
 def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
@@ -92,22 +93,6 @@ def input_gradient(dy, packed, k: int, *, tile: Tile = Tile()):
     call = _input_kernel(dy.shape, blocks, dy.dtype, groups, wide, tile.band, interpreting())
     dx = call(packed, dy)
     return dx if dx.shape == (rows, k) else dx[:rows, :k]
-
-
-def _before_activation(inner, dy, n: int, act, dtype):
-    """Gradient of act(gate) · up by both, [M, packed columns] like `inner`: groups of gate and of up in turn."""
-    filled = round_up(n, GATE_GROUP)
-    dy = jnp.pad(dy, ((0, 0), (0, filled - n)))
-
-    def through(_, inner, dy):
-        def f(inner):
-            pairs = inner[:, : 2 * filled].reshape(-1, filled // GATE_GROUP, 2, GATE_GROUP)
-            return (act(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(-1, filled)
-
-        (d,) = jax.vjp(f, pin(inner))[1](pin(dy.astype(jnp.float32)))
-        return None, pin(d.astype(dtype))
-
-    return over_rows(through, None, inner, dy, size=ACTIVATION_ROWS)[1]
 
 
 def _padded(x, columns: int):

@@ -15,7 +15,12 @@ def matmul(kernel, x, packed, total, dy, n):
     return dx, kernel.pack(_outer(kernel.unpack(total, k, n), x, dy))
 
 
-def gated_matmul(kernel, x, packed, total, dy, n, activation):
+def gated_forward(kernel, x, packed, **options):
+    """(act(x · w_gate) · (x · w_up), nothing else)."""
+    return kernel.gated_matmul(x, packed, **options), None
+
+
+def gated_matmul(kernel, x, packed, total, _saved, dy, n, activation):
     """The same for act(x · w_gate) · (x · w_up); gate and up are computed again."""
     k = x.shape[1]
     gate, up = kernel.unpack_gated(packed, k, n)

@@ -85,6 +85,13 @@ def gated_matmul(x, packed, *, n, activation, out_dtype=None, tile: Tile | None 
     return y if y.shape == (x.shape[0], n) else y[: x.shape[0], :n]
 
 
+def gated_matmul_saving(x, packed, *, n, activation, out_dtype=None, tile: Tile | None = None):
+    """(`gated_matmul`'s result, to the bit; x · packed, rounded to x's dtype [M, packed columns])."""
+    y, inner = _product(x, packed, activation=activation, out_dtype=out_dtype, tile=tile, saving=True)
+    rows = x.shape[0]
+    return y if y.shape == (rows, n) else y[:rows, :n], inner if len(inner) == rows else inner[:rows]
+
+
 def silu(x):
     """x / (1 + exp(−x))."""
     return x * (1.0 / (1.0 + jnp.exp(-x)))
@@ -98,7 +105,9 @@ def gelu_tanh(x):
 ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
 
 
-def _product(x, packed, *, bias=None, residual=None, activation=None, out_dtype=None, tile=None):
+def _product(
+    x, packed, *, bias=None, residual=None, activation=None, out_dtype=None, tile=None, saving=False
+):
     require_hopper("matmul")
     rows, k = x.shape
     blocks, columns, _ = packed.shape
@@ -143,6 +152,7 @@ def _product(x, packed, *, bias=None, residual=None, activation=None, out_dtype=
         bias is not None,
         residual is not None,
         activation,
+        saving,
         interpreting(),
     )
     return call(x, packed, *extra)
@@ -157,7 +167,9 @@ def _transforms(columns: int, itemsize: int):
 
 
 @functools.cache
-def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residual, activation, interpreted):
+def _kernel(
+    x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residual, activation, saving, interpreted
+):
     rows, k = x_shape
     depth = tile.depth if k % tile.depth == 0 else K_BLOCK
     groups, group_rows = tile.row_groups, tile.rows // tile.row_groups
@@ -172,11 +184,12 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
     if activation or (out_columns > 64 and out_columns % 32 == 0):
         chunk = 32
     chunks = out_columns // chunk
-    buffers = min(chunks, 2)
+    buffers = 1 if saving else min(chunks, 2)  # what is saved goes through a third one, twice as wide
     loaded_rows = min(tile.rows, -(-rows // 8) * 8)
     stored_rows = min(group_rows, -(-rows // 8) * 8) if groups == 1 else group_rows
     out_size = jnp.dtype(out_dtype).itemsize
     used = tile.rows * chunk * buffers * (out_size + (2 if has_residual else 0)) + 4096
+    used += tile.rows * 2 * chunk * 2 if saving else 0
     stages = (SHARED_BYTES - used) // ((tile.rows + tile.columns) * depth * 2)
     stages = min(stages, steps) if ctas == tiles else min(stages, 32)
 
@@ -184,9 +197,9 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
         rest = list(rest)
         bias_g = rest.pop(0) if has_bias else None
         residual_g = rest.pop(0) if has_residual else None
-        (out_g,) = rest
+        out_g, *saved_g = rest
 
-        def scoped(x_s, w_s, out_s, full, empty, residual_s=None, residual_bar=None):
+        def scoped(x_s, w_s, out_s, full, empty, residual_s=None, residual_bar=None, saved_s=None):
             group = lax.axis_index("wg")
             cta = lax.axis_index("cta")
             count = lax.div(jnp.int32(tiles - 1) - cta, jnp.int32(ctas)) + 1 if tiles > ctas else 1
@@ -296,6 +309,12 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                     sums = pl.run_scoped(accumulate, plgpu.ACC((group_rows, tile.columns), jnp.float32))
                     for j in range(chunks):
                         at = group * buffers + j % buffers
+                        if saving:
+                            plgpu.wait_smem_to_gmem(min(j, 1), wait_read_only=True)
+                            saved_s[group] = sums[:, 2 * j * chunk : 2 * (j + 1) * chunk].astype(dtype)
+                            plgpu.commit_smem()
+                            both = pl.ds(column * tile.columns + 2 * j * chunk, 2 * chunk)
+                            plgpu.copy_smem_to_gmem(live(saved_s.at[group]), saved_g[0].at[where(j)[0], both])
                         if activation:
                             gate = sums[:, 2 * j * chunk : (2 * j + 1) * chunk]
                             up = sums[:, (2 * j + 1) * chunk : (2 * j + 2) * chunk]
@@ -310,7 +329,8 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                         if has_residual:
                             plgpu.barrier_wait(residual_bar.at[at])
                             y = y + residual_s[at].astype(jnp.float32)
-                        plgpu.wait_smem_to_gmem(min(j, buffers - 1), wait_read_only=True)
+                        pending = 1 if saving else min(j, buffers - 1)
+                        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
                         out_s[at] = y.astype(out_dtype)
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(live(out_s.at[at]), out_g.at[where(j)])
@@ -330,6 +350,9 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
                 ),
                 "residual_bar": plgpu.Barrier(num_arrivals=1, num_barriers=groups * buffers),
             }
+        if saving:
+            shape = groups, group_rows, 2 * chunk
+            scratch["saved_s"] = plgpu.SMEM(shape, dtype, transforms=_transforms(2 * chunk, 2))
         pl.run_scoped(
             scoped,
             x_s=plgpu.SMEM((stages, tile.rows, depth), dtype, transforms=operand),
@@ -343,10 +366,11 @@ def _kernel(x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residu
             **scratch,
         )
 
+    out_type = jax.ShapeDtypeStruct((rows, columns // ratio), out_dtype)
     return plgpu.kernel(
         body,
         kernel_name=f"matmul_{k}x{columns}",
-        out_type=jax.ShapeDtypeStruct((rows, columns // ratio), out_dtype),
+        out_type=(out_type, jax.ShapeDtypeStruct((rows, columns), dtype)) if saving else out_type,
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=groups + 1,

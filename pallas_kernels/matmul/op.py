@@ -112,8 +112,8 @@ def gated_matmul(
 ) -> Float[Array, "M F"]:
     """act(x · w_gate) · (x · w_up), all in float32 and rounded once.
 
-    Its gradient is `matmul`'s, of both halves, which are computed again. That by x adds gate's columns and then up's;
-    with "mosaic_gpu" 32 of gate, 32 of up, and so on.
+    Its gradient is `matmul`'s, of both halves, which are computed again; with "mosaic_gpu" they are kept, rounded to
+    x's dtype. That by x adds gate's columns and then up's; with "mosaic_gpu" 32 of gate, 32 of up, and so on.
 
     Args:
         x: rows [M, K].
@@ -138,7 +138,7 @@ def _matmul(static, x, packed, bias, residual):
     )
 
 
-@with_gradient(backward.gated_matmul)
+@with_gradient(backward.gated_matmul, saving=backward.gated_forward)
 def _gated_matmul(static, x, packed):
     n, activation, out_dtype, backend = static
     kernel = registry.load("matmul", backend)
