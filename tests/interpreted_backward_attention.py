@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import backward_sm90 as backward
-from pallas_kernels.attention import backward_xla
+from pallas_kernels.attention import backward_xla, query_tiles_sm90
+from pallas_kernels.attention import mosaic_gpu_sm90 as kernel
 from pallas_kernels.compat import gpu_interpreter
 
 OPTIONS = {"scale": 0.125, "window": None, "soft_cap": None}
@@ -32,36 +33,63 @@ def pools(pages, keys, values):
     return pool
 
 
-def gradient(q, pool, tables, counts, lens, d_out, module=backward, **option):
+def indices(tables, counts, lens):
     starts = np.concatenate([[0], np.cumsum(counts)])
-    indices = (jnp.asarray(x, jnp.int32) for x in (tables, starts, lens))
-    call = jax.jit(functools.partial(module.attention, **OPTIONS | option))
+    return [jnp.asarray(x, jnp.int32) for x in (tables, starts, lens)]
+
+
+def gradients(q, pool, tables, counts, lens, d_out, **option):
+    """(dq, dk, dv, result, and the result of the kernel that keeps nothing)"""
+    options = OPTIONS | option
+
+    @jax.jit
+    def call(q, k_pages, v_pages, tables, starts, lens):
+        operands = q, k_pages, v_pages, tables, starts, lens
+        out, saved = kernel.attention_saving(*operands, **options)
+        plain = kernel.attention(*operands, **options, max_query_len=q.shape[0])
+        return *backward.attention(*operands, saved, d_out, **options), out, plain
+
     with gpu_interpreter():
-        return jax.block_until_ready(call(q, *pool, *indices, d_out))
+        return jax.block_until_ready(call(q, *pool, *indices(tables, counts, lens)))
 
 
-@pytest.mark.parametrize("widest", [backward.WIDEST, 32])
+@pytest.mark.parametrize("widest", [query_tiles_sm90.WIDEST, 32])
 def test_a_sequence_has_the_same_gradients_alone_and_beside_nan(widest, monkeypatch):
-    """130 tokens on two pages behind 9 of NaN, and alone on other pages; close to float64.
+    """130 tokens on two pages behind 9 of NaN and 5 without keys, and alone on other pages; close to float64.
 
-    A head_dim of 64 goes the way of 256 too.
+    All rows of no sequence are NaN. A head_dim of 64 goes the way of 256 too.
     """
-    monkeypatch.setattr(backward, "WIDEST", widest)
+    monkeypatch.setattr(query_tiles_sm90, "WIDEST", widest)
     length, head_dim = 130, 64
     q, d_out = normal(0, length, 2, head_dim), normal(1, length, 2, head_dim)
     k, v = normal(2, length, 1, head_dim), normal(3, length, 1, head_dim)
-    alone = gradient(q, pools([3, 1], k, v), [[3, 1]], [length], [length], d_out)
 
-    nan = jnp.full((9, 2, head_dim), jnp.nan, jnp.bfloat16)
-    rows = [jnp.concatenate([nan, x]) for x in (q, d_out)]
-    packed = gradient(rows[0], pools([2, 3], k, v), [[1, 0], [2, 3]], [9, length], [9, length], rows[1])
-    compared = 0
+    def between(before, after, *arrays):
+        return (jnp.pad(x, ((before, after), (0, 0), (0, 0)), constant_values=jnp.nan) for x in arrays)
+
+    rows, d_rows = between(0, 90, q, d_out)
+    alone = gradients(rows, pools([3, 1], k, v), [[3, 1]], [length], [length], d_rows)
+    rows, d_rows = between(14, 20, q, d_out)
+    tables, counts, lens = [[1, 0], [0, 0], [2, 3]], [9, 5, length], [9, 0, length]
+    packed = gradients(rows, pools([2, 3], k, v), tables, counts, lens, d_rows)
+    compared, dead = 0, 0
     for got, want, ours, theirs in zip(
-        packed, alone, (np.s_[9:], [2, 3], [2, 3]), (np.s_[:], [3, 1], [3, 1]), strict=True
+        packed,
+        alone,
+        (np.s_[14:-20], [2, 3], [2, 3], np.s_[14:-20], np.s_[14:-20]),
+        (np.s_[:length], [3, 1], [3, 1], np.s_[:length], np.s_[:length]),
+        strict=True,
     ):
         np.testing.assert_array_equal(bits(got)[ours], bits(want)[theirs])
         compared += bits(want)[theirs].size
-    assert compared == (length * 2 + 4 * 128) * head_dim
+    assert compared == (3 * length * 2 + 4 * 128) * head_dim
+    for dq, _, _, out, plain in (alone, packed):
+        np.testing.assert_array_equal(bits(out), bits(plain))
+        for x in (dq, out):
+            none = [x[length:]] if x.shape[0] == length + 90 else [x[9:14], x[-20:]]
+            assert not any(bits(rows).any() for rows in none)
+            dead += sum(rows.size for rows in none)
+    assert dead == 2 * (90 + 25) * 2 * head_dim
     assert np.isnan(packed[0][:9]).all() and np.isnan(packed[1][1, :, :9]).all(), "its neighbour is NaN"
 
     def loss(q, k, v):
@@ -73,8 +101,8 @@ def test_a_sequence_has_the_same_gradients_alone_and_beside_nan(widest, monkeypa
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
         exact = [np.asarray(g) for g in jax.grad(loss, (0, 1, 2))(*wide)]
-    dq, *pages = (np.asarray(x, np.float64) for x in alone)
-    found = dq, *(x[[3, 1]].transpose(0, 2, 1, 3).reshape(256, 1, head_dim)[:length] for x in pages)
+    dq, *pages = (np.asarray(x, np.float64) for x in alone[:3])
+    found = dq[:length], *(x[[3, 1]].transpose(0, 2, 1, 3).reshape(256, 1, head_dim)[:length] for x in pages)
     for got, want in zip(found, exact, strict=True):
         assert np.linalg.norm(got - want) <= 5e-3 * np.linalg.norm(want)
 
@@ -86,8 +114,9 @@ def test_shared_pages_windows_and_caps_are_close_to_the_xla_backend():
     pool = pools([3, 1], normal(2, 140, 2, dim), normal(3, 140, 2, dim))
     pool[:, 2, :, :20] = normal(4, 2, 2, 20, dim)
     arguments = [[3, 1], [3, 2]], [12, 20], [140, 148]
-    found = gradient(q, pool, *arguments, d_out, **option)
+    found = gradients(q, pool, *arguments, d_out, **option)[:3]
     q, pool, d_out = (np.asarray(x, np.float32) for x in (q, pool, d_out))
-    exact = gradient(q, pool, *arguments, d_out, backward_xla, **option)
+    plain = jax.jit(functools.partial(backward_xla.attention, **OPTIONS | option))
+    exact = plain(q, *pool, *indices(*arguments), None, d_out)
     for got, want in zip(found, exact, strict=True):
         assert np.linalg.norm(np.asarray(got, np.float32) - want) <= 5e-3 * np.linalg.norm(want)

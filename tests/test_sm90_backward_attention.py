@@ -1,6 +1,5 @@
 """The Hopper gradient of attention without a GPU: interpreted on small shapes, lowered for CUDA on real ones."""
 
-import functools
 import os
 import pathlib
 import subprocess
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import backward_sm90 as backward
-from pallas_kernels.attention import backward_tiles_sm90 as places
+from pallas_kernels.attention import query_tiles_sm90 as queries
+from pallas_kernels.attention.backward_tiles_sm90 import key_tiles
+from pallas_kernels.attention.op import attention
 
 
 @pytest.mark.slow
@@ -37,14 +37,13 @@ def test_every_query_meets_the_keys_that_it_sees_once(window):
     tokens, (table, start, length) = 410, (jnp.asarray(x, jnp.int32) for x in (tables, starts, lens))
     rows = jnp.arange(1, tokens + 1, dtype=jnp.float32)[:, None, None]
     met = 0
-    for tile, keys in ((64, 64), (128, 128)):
-        queries = jax.jit(places.query_tiles, static_argnums=(2, 3))(start, length, tokens, tile)
-        spread = np.asarray(places.to_tiles(rows, queries))[:, 0, 0]
-        np.testing.assert_array_equal(
-            places.to_rows(places.to_tiles(rows, queries), queries)[:401], rows[:401]
-        )
-        entries = jax.jit(places.key_tiles, static_argnums=(4, 5, 6))
-        found = jax.tree.map(np.asarray, entries(table, start, length, queries, (8, 128), keys, window))
+    tiles = jax.jit(queries.query_tiles, static_argnums=(2, 3))(start, length, tokens, 128)
+    spread = np.asarray(queries.to_tiles(rows, tiles))[:, 0, 0]
+    there_and_back = queries.to_rows(queries.to_tiles(rows, tiles), tiles, tokens)
+    np.testing.assert_array_equal(there_and_back, jnp.where(rows <= 401, rows, 0))
+    for keys in (64, 128):
+        entries = jax.jit(key_tiles, static_argnums=(4, 5, 6))
+        found = jax.tree.map(np.asarray, entries(table, start, length, tiles.begin, (8, 128), keys, window))
         pairs = [[], []]
         for number in range(8 * 128 // keys):
             entry, left = found.first[number], found.chunks[number]
@@ -53,7 +52,9 @@ def test_every_query_meets_the_keys_that_it_sees_once(window):
                     at = (found.place[entry] + chunk) * 64 + np.arange(64)
                     query = found.ahead[entry] + chunk * 64 + np.arange(64)[:, None]
                     key = np.arange(keys)
-                    seen = (key <= query) & (key < found.live[entry]) & (spread[at] > 0)[:, None]
+                    mine = np.arange(64) < found.queries[entry] - 64 * chunk
+                    np.testing.assert_array_equal(mine, spread[at] > 0)
+                    seen = (key <= query) & (key < found.live[entry]) & mine[:, None]
                     if window is not None:
                         seen &= key + window > query
                     i, j = np.nonzero(seen)
@@ -92,5 +93,11 @@ def test_it_lowers_for_cuda(head_dim, option):
     pages = jax.ShapeDtypeStruct((9, 2, 128, head_dim), half)
     q = jax.ShapeDtypeStruct((300, 8, head_dim), half)
     indices = (jax.ShapeDtypeStruct(shape, int32) for shape in ((3, 8), (4,), (3,)))
-    call = functools.partial(backward.attention, scale=0.125, **{"window": None, "soft_cap": None} | option)
+    settings = {"scale": 0.125, "max_query_len": 300, "backend": "mosaic_gpu"} | option
+
+    def call(q, k_pages, v_pages, *rest):
+        *indices, d_out = rest
+        out, pull = jax.vjp(lambda *x: attention(*x, *indices, **settings), q, k_pages, v_pages)
+        return out, pull(d_out)
+
     jax.jit(call).trace(q, pages, pages, *indices, q).lower(lowering_platforms=("cuda",))

@@ -2,14 +2,14 @@
 
 Scores are in log2 units as in the forward (`online_softmax_sm90`): s = q·k through the soft-cap, c = `softmax.factor`.
 
-`_queries`, 64 queries of one head a warpgroup, blocks of KEYS keys ascending, twice. First, from m = −1e30, l = δ = 0:
+The forward pass under differentiation keeps its result and each row's L, the log-sum-exp of s · c over its segments.
 
-    m′ = max(m, max(s) · c);  p = 2^fma(s, c, −m′);  α = 2^(m − m′)
-    l = fma(l, α, Σp);  δ = fma(δ, α, Σ p · dp)  with dp = do·v
+`_queries`, 64 queries of one head a warpgroup, blocks of KEYS keys ascending:
 
-with Σ the pinned tree of `reduce_columns`; at the end L = m + log2 l and δ = δ / l. Then
+    δ = Σ do · out;  p = 2^fma(s, c, −L);  dp = do·v;  ds = p · (dp − δ), times 1 − tanh² under a soft-cap
+    dq += round(ds) · k
 
-    p = 2^fma(s, c, −L);  ds = p · (dp − δ), times 1 − tanh² under a soft-cap;  dq += round(ds) · k, keys ascending
+where Σ adds up columns that are alike modulo `softmax.columns`, ascending, and then those in `reduce_columns`' tree.
 
 `_keys`, 64 keys a warpgroup, chunks of 64 queries ascending, in a chunk the query heads of the KV head ascending, with
 p and ds computed again: dv += round(p)ᵀ · do and dk += round(ds)ᵀ · q. Pages that sequences share sum those in
@@ -18,6 +18,7 @@ ascending order. All sums are float32 accumulators of wgmma; dq and dk are multi
 What a query doesn't see adds exact zeros, so where a loop begins and ends touches no bit.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -25,41 +26,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import online_softmax_sm90 as softmax
-from pallas_kernels.attention.backward_tiles_sm90 import (
-    QUERIES,
-    key_tiles,
-    query_tiles,
-    to_rows,
-    to_tiles,
-)
+from pallas_kernels.attention.backward_tiles_sm90 import key_tiles
+from pallas_kernels.attention.query_tiles_sm90 import chunk_of, to_rows, to_tiles
 from pallas_kernels.compat import drain, fused_multiply_add, interpreting, pl, plgpu, reduce_columns
 
 KEYS = 64
 STAGES = 2
-WIDEST = 128
-"""Above this head_dim a CTA has half the queries, or half the keys, whose columns two warpgroups share."""
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+PER_QUERY = plgpu.Layout.WGMMA.reduce(0)
 
 
-def attention(q, k_pages, v_pages, block_tables, query_start, seq_lens, d_out, *, scale, window, soft_cap):
+def attention(
+    q, k_pages, v_pages, block_tables, query_start, seq_lens, saved, d_out, *, scale, window, soft_cap
+):
     """(dq, dk, dv) in the dtypes and shapes of q, k_pages and v_pages; what no sequence has is zero.
 
-    A sequence's keys and values must be finite, as in the forward.
+    A sequence's keys and values must be finite, as in the forward. `saved` is what `prefill_saving` kept.
     """
-    tokens, _, dim = q.shape
-    pages, kv_heads, page, _ = k_pages.shape
-    groups, keys = (1, KEYS) if dim > WIDEST else (2, 2 * KEYS)
-    tiles = query_tiles(query_start, seq_lens, tokens, groups * softmax.ROWS)
-    owners = key_tiles(block_tables, query_start, seq_lens, tiles, (pages, page), keys, window)
-    q, d_out = to_tiles(q, tiles), to_tiles(d_out, tiles)
+    tiles, in_tiles, out, lse = saved
+    pages, kv_heads, page, dim = k_pages.shape
+    keys = tiles.tile // softmax.ROWS * KEYS
+    owners = key_tiles(block_tables, query_start, seq_lens, tiles.begin, (pages, page), keys, window)
+    d_out = to_tiles(d_out, tiles)
     options = scale, window, soft_cap, interpreting()
     blocks = (p.reshape(pages, kv_heads, -1, KEYS, dim) for p in (k_pages, v_pages))
-    call = _queries(q.shape, (kv_heads, page), len(tiles.keys), groups, q.dtype, *options)
-    dq, lse, delta = call(q, d_out, *blocks, block_tables, tiles.sequence, tiles.position, tiles.keys)
-    call = _keys(q.shape, k_pages.shape, keys, q.dtype, *options)
-    numbers = owners.first, owners.chunks, owners.count, owners.place, owners.ahead, owners.live
-    dk, dv = call(q, d_out, lse, delta, k_pages, v_pages, *numbers)
-    return to_rows(dq, tiles), dk, dv
+    numbers = tiles.sequence, tiles.place, tiles.position, tiles.keys, tiles.queries
+    call = _queries(out.shape, (kv_heads, page), tiles.shape, q.dtype, *options)
+    dq, delta = call(in_tiles, d_out, out, lse, *blocks, block_tables, *numbers)
+    call = _keys(out.shape, k_pages.shape, keys, q.dtype, *options)
+    numbers = (getattr(owners, field.name) for field in dataclasses.fields(owners))
+    dk, dv = call(in_tiles, d_out, lse, delta, k_pages, v_pages, *numbers)
+    return to_rows(dq, tiles, q.shape[0]), dk, dv
 
 
 def _slope(score, soft_cap):
@@ -90,18 +86,16 @@ def _products(left, right, other_left, other_right):
     return pl.run_scoped(multiply, shape, shape)
 
 
-def _cleared(seen, *values):
-    return tuple(jnp.where(seen, x, 0.0) for x in values)
-
-
 @functools.cache
-def _queries(shape, pool, count, groups, dtype, scale, window, soft_cap, _interpreting):
-    (size, heads, dim), (kv_heads, page) = shape, pool
-    group, per_page, tile = heads // kv_heads, page // KEYS, groups * softmax.ROWS
+def _queries(shape, pool, tiles, dtype, scale, window, soft_cap, _interpreting):
+    (size, heads, dim), (kv_heads, page), (tile, count, sequences, in_rows) = shape, pool, tiles
+    groups, group, per_page = tile // softmax.ROWS, heads // kv_heads, page // KEYS
     c = softmax.factor(scale, soft_cap)
 
-    def body(q_g, do_g, k_g, v_g, tables_g, owner_g, position_g, live_g, dq_g, lse_g, delta_g):
-        def scoped(q_s, do_s, k_s, v_s, loaded, full, free):
+    def body(q_g, do_g, out_g, lse_g, k_g, v_g, tables_g, *rest):
+        owner_g, place_g, position_g, live_g, queries_g, dq_g, delta_g = rest
+
+        def scoped(q_s, do_s, out_s, k_s, v_s, loaded, full, free):
             head, warpgroup = lax.axis_index("head"), lax.axis_index("wg")
             at = count - 1 - lax.axis_index("tile")  # long rows first
             sequence, position, length = owner_g[at], position_g[at], live_g[at]
@@ -110,72 +104,64 @@ def _queries(shape, pool, count, groups, dtype, scale, window, soft_cap, _interp
             if window is not None:
                 first = lax.div(jnp.maximum(position - (window - 1), 0), jnp.int32(KEYS))
             blocks = last - first
+            surplus = in_rows & (sequence == sequences - 1)
+            rows, queries, written = chunk_of(place_g[at], queries_g[at], warpgroup, size, surplus)
+
+            def write(dq, delta):
+                row = plgpu.broadcasted_iota(jnp.int32, (softmax.ROWS, dim), 0, layout=softmax.TILE)
+                staged = q_s.at[warpgroup]
+                staged[...] = jnp.where(row < queries, dq * scale, 0.0).astype(dtype)
+                plgpu.commit_smem()
+
+                @pl.when(written)
+                def _():
+                    delta_g.at[head, rows][...] = delta
+                    plgpu.copy_smem_to_gmem(staged, dq_g.at[rows, head])
+                    plgpu.wait_smem_to_gmem(0)
 
             @pl.when((warpgroup < groups) & (length > 0))
             def _compute():
                 if groups > 1:
                     plgpu.set_max_registers(240, action="increase")
-                rows = pl.ds(at * tile + warpgroup * softmax.ROWS, softmax.ROWS)
-                queries, d_out = q_s.at[warpgroup], do_s.at[warpgroup]
-                plgpu.copy_gmem_to_smem(q_g.at[rows, head], queries, loaded.at[warpgroup])
-                plgpu.copy_gmem_to_smem(do_g.at[rows, head], d_out, loaded.at[warpgroup])
+                held = [x.at[warpgroup] for x in (q_s, do_s, out_s)]
+                for source, target in zip((q_g, do_g, out_g), held, strict=True):
+                    plgpu.copy_gmem_to_smem(source.at[rows, head], target, loaded.at[warpgroup])
                 plgpu.barrier_wait(loaded.at[warpgroup])
+                q, d_out, out = held
+                row = plgpu.broadcasted_iota(jnp.int32, (softmax.ROWS,), 0, layout=softmax.ROW)
+                delta = jnp.where(row < queries, _sum_of_products(d_out, out), 0.0)
+                lse = plgpu.load(lse_g.at[head, rows], layout=softmax.ROW, optimized=False)
+                spread_lse, spread_delta = (softmax.spread(x, KEYS) for x in (lse, delta))
                 base = position + warpgroup * softmax.ROWS
 
-                def block(i, step):
-                    """(slot, scores, dp, first key, whether all rows see all keys)"""
-                    slot, start = lax.rem(step, jnp.int32(STAGES)), (first + i) * KEYS
+                def meet(i, dq):
+                    slot, start = lax.rem(i, jnp.int32(STAGES)), (first + i) * KEYS
+                    keys, values = k_s.at[slot], v_s.at[slot]
                     plgpu.barrier_wait(full.at[slot])
-                    scores, dp = _products(queries, k_s.at[slot], d_out, v_s.at[slot])
+                    scores, dp = _products(q, keys, d_out, values)
+                    scores = softmax.cap(scores, scale, soft_cap)
+                    ds = _exponentials(scores, c, spread_lse) * (dp - spread_delta) * _slope(scores, soft_cap)
                     whole = start + KEYS <= jnp.minimum(base + 1, length)
                     if window is not None:
                         whole &= start + window >= base + softmax.ROWS
-                    return slot, softmax.cap(scores, scale, soft_cap), dp, start, whole
 
-                def seen(start):
-                    return _seen(_iota(0) + (base - start), _iota(1), length - start, window)
+                    def mask(ds):
+                        seen = _seen(_iota(0) + (base - start), _iota(1), length - start, window)
+                        return jnp.where(seen, ds, 0.0)
 
-                def normalise(i, state):
-                    m, mass, delta = state
-                    slot, scores, dp, start, whole = block(i, i)
-                    plgpu.barrier_arrive(free.at[slot])
-
-                    def mask(scores, dp):
-                        visible = seen(start)
-                        return jnp.where(visible, scores, -jnp.inf), jnp.where(visible, dp, 0.0)
-
-                    scores, dp = lax.cond(whole, lambda *x: x, mask, scores, dp)
-                    new = jnp.maximum(m, scores.max(axis=1) * c)
-                    alpha = jnp.exp2(m - new)
-                    p = _exponentials(scores, c, softmax.spread(new, KEYS))
-                    mass = fused_multiply_add(mass, alpha, _sum(p), softmax.ROW)
-                    return new, mass, fused_multiply_add(delta, alpha, _sum(p * dp), softmax.ROW)
-
-                state = (softmax.full((softmax.ROWS,), x, softmax.ROW) for x in (softmax.EMPTY, 0, 0))
-                m, mass, delta = lax.fori_loop(0, blocks, normalise, tuple(state))
-                some = mass > 0.0  # a row that only fills up the tile may see no key
-                mass = jnp.where(some, mass, 1.0)
-                lse = jnp.where(some, m + jnp.log(mass) * softmax.LOG2_E, 0.0)
-                delta = delta / mass
-                lse_g.at[head, rows][...] = lse
-                delta_g.at[head, rows][...] = delta
-                lse, delta = (softmax.spread(x, KEYS) for x in (lse, delta))
-
-                def through(i, dq):
-                    slot, scores, dp, start, whole = block(i, blocks + i)
-                    ds = _exponentials(scores, c, lse) * (dp - delta) * _slope(scores, soft_cap)
-                    (ds,) = lax.cond(whole, lambda x: (x,), lambda x: _cleared(seen(start), x), ds)
-                    keys = k_s.at[slot]
+                    ds = lax.cond(whole, lambda ds: ds, mask, ds)
                     softmax.clear_tail(keys, length - start)
                     dq = softmax.accumulate(dq, ds.astype(dtype), keys)
                     plgpu.barrier_arrive(free.at[slot])
                     return dq
 
-                dq = lax.fori_loop(0, blocks, through, softmax.full((softmax.ROWS, dim), 0, softmax.TILE))
-                queries[...] = (dq * scale).astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(queries, dq_g.at[rows, head])
-                plgpu.wait_smem_to_gmem(0)
+                zeros = softmax.full((softmax.ROWS, dim), 0, softmax.TILE)
+                write(lax.fori_loop(0, blocks, meet, zeros), delta)
+
+            @pl.when((warpgroup < groups) & (length == 0))
+            def _clear():
+                dq, _, delta = softmax.empty(dim)
+                write(dq, delta)
 
             @pl.when((warpgroup == groups) & (length > 0))
             def _load():
@@ -184,7 +170,7 @@ def _queries(shape, pool, count, groups, dtype, scale, window, soft_cap, _interp
                 kv_head = lax.div(head, jnp.int32(group))
 
                 def each_block(step, _):
-                    slot, j = lax.rem(step, jnp.int32(STAGES)), first + lax.rem(step, blocks)
+                    slot, j = lax.rem(step, jnp.int32(STAGES)), first + step
                     where = tables_g[sequence, lax.div(j, jnp.int32(per_page))], kv_head
                     where = *where, lax.rem(j, jnp.int32(per_page))
                     pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
@@ -192,8 +178,8 @@ def _queries(shape, pool, count, groups, dtype, scale, window, soft_cap, _interp
                     plgpu.copy_gmem_to_smem(v_g.at[where], v_s.at[slot], full.at[slot])
                     return ()
 
-                lax.fori_loop(0, 2 * blocks, each_block, ())
-                drain(free, STAGES, 2 * blocks)
+                lax.fori_loop(0, blocks, each_block, ())
+                drain(free, STAGES, blocks)
 
         swizzle = softmax.swizzled(dim)
         held = plgpu.SMEM((groups, softmax.ROWS, dim), dtype, transforms=swizzle)
@@ -202,19 +188,22 @@ def _queries(shape, pool, count, groups, dtype, scale, window, soft_cap, _interp
             scoped,
             held,
             held,
+            held,
             ring,
             ring,
-            plgpu.Barrier(num_arrivals=2, num_barriers=groups),
+            plgpu.Barrier(num_arrivals=3, num_barriers=groups),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
             collective_axes="wg",
         )
 
-    number = jax.ShapeDtypeStruct((heads, size), jnp.float32)
     return plgpu.kernel(
         body,
         kernel_name="attention_dq",
-        out_type=(jax.ShapeDtypeStruct(shape, dtype), number, number),
+        out_type=(
+            jax.ShapeDtypeStruct((size, heads, dim), dtype),
+            jax.ShapeDtypeStruct((heads, size), jnp.float32),
+        ),
         grid=(heads, count),
         grid_names=("head", "tile"),
         num_threads=groups + 1,
@@ -229,20 +218,28 @@ def _exponentials(scores, c: float, less):
     return jnp.exp2(scaled)
 
 
-def _sum(x):
-    return reduce_columns(x, softmax.TILE, softmax.ROW)
+def _sum_of_products(left, right):
+    """Σ left · right over the columns of two [ROWS, D] buffers in shared memory."""
+    width = softmax.columns(left.shape[1])
+    total = softmax.full((softmax.ROWS, width), 0, softmax.TILE)
+    for column in range(0, left.shape[1], width):
+        parts = (plgpu.load(x.at[:, pl.ds(column, width)], layout=softmax.TILE) for x in (left, right))
+        total = fused_multiply_add(*(x.astype(jnp.float32) for x in parts), total, softmax.TILE)
+    return reduce_columns(total, softmax.TILE, softmax.ROW)
 
 
 @functools.cache
 def _keys(shape, pool, keys, dtype, scale, window, soft_cap, _interpreting):
     (_, heads, dim), (pages, kv_heads, page, _) = shape, pool
     group, per_page = heads // kv_heads, page // keys
-    split = keys == KEYS  # both warpgroups have the same keys, and half of the columns each
+    split = (
+        keys == KEYS
+    )  # as in the forward: both warpgroups have the same keys, and half of the columns each
     held, width = (1, dim // 2) if split else (2, dim)
     c = softmax.factor(scale, soft_cap)
 
     def body(q_g, do_g, lse_g, delta_g, k_g, v_g, *rest):
-        first_g, chunks_g, count_g, place_g, ahead_g, live_g, dk_g, dv_g = rest
+        first_g, chunks_g, count_g, place_g, ahead_g, live_g, queries_g, dk_g, dv_g = rest
 
         def scoped(k_s, v_s, q_s, do_s, lse_s, delta_s, loaded, full, free, together):
             kv_head, number, warpgroup = (lax.axis_index(x) for x in ("head", "tile", "wg"))
@@ -288,23 +285,27 @@ def _keys(shape, pool, keys, dtype, scale, window, soft_cap, _interpreting):
                 def meet(step, entry, chunk, _, sums):
                     dk, dv = sums
                     slot = lax.rem(step, jnp.int32(STAGES))
-                    ahead, live = ahead_g[entry] + chunk * QUERIES - offset, live_g[entry] - offset
+                    ahead, live = ahead_g[entry] + chunk * softmax.ROWS - offset, live_g[entry] - offset
+                    count = queries_g[entry] - chunk * softmax.ROWS
                     plgpu.barrier_wait(full.at[slot])
                     queries, d_out = q_s.at[slot], do_s.at[slot]
+                    softmax.clear_tail(queries, count)
+                    softmax.clear_tail(d_out, count)
                     scores, dp = _products(keys_s, queries, values_s, d_out)
                     lse, delta = (
-                        lax.broadcast_in_dim(plgpu.load(x.at[slot], layout=COLUMNS), scores.shape, [1])
+                        lax.broadcast_in_dim(plgpu.load(x.at[slot], layout=PER_QUERY), scores.shape, [1])
                         for x in (lse_s, delta_s)
                     )
                     scores = softmax.cap(scores, scale, soft_cap)
                     p = _exponentials(scores, c, lse)
                     ds = p * (dp - delta) * _slope(scores, soft_cap)
-                    whole = (ahead >= KEYS - 1) & (live >= KEYS)
+                    whole = (ahead >= KEYS - 1) & (live >= KEYS) & (count >= softmax.ROWS)
                     if window is not None:
-                        whole &= ahead + QUERIES <= window
+                        whole &= ahead + softmax.ROWS <= window
 
                     def mask(p, ds):
-                        return _cleared(_seen(_iota(1) + ahead, _iota(0), live, window), p, ds)
+                        seen = _seen(_iota(1) + ahead, _iota(0), live, window) & (_iota(1) < count)
+                        return jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
 
                     p, ds = lax.cond(whole, lambda *x: x, mask, p, ds)
                     dv = softmax.accumulate(dv, p.astype(dtype), d_out.at[:, columns])
@@ -333,7 +334,7 @@ def _keys(shape, pool, keys, dtype, scale, window, soft_cap, _interpreting):
 
                 def fetch(step, entry, chunk, head, carry):
                     slot = lax.rem(step, jnp.int32(STAGES))
-                    rows = pl.ds((place_g[entry] + chunk) * QUERIES, QUERIES)
+                    rows = pl.ds((place_g[entry] + chunk) * softmax.ROWS, softmax.ROWS)
                     pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
                     plgpu.copy_gmem_to_smem(q_g.at[rows, head], q_s.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(do_g.at[rows, head], do_s.at[slot], full.at[slot])
@@ -346,8 +347,8 @@ def _keys(shape, pool, keys, dtype, scale, window, soft_cap, _interpreting):
 
         swizzle = softmax.swizzled(dim)
         kept = plgpu.SMEM((held, KEYS, dim), dtype, transforms=swizzle)
-        ring = plgpu.SMEM((STAGES, QUERIES, dim), dtype, transforms=swizzle)
-        numbers = plgpu.SMEM((STAGES, QUERIES), jnp.float32)
+        ring = plgpu.SMEM((STAGES, softmax.ROWS, dim), dtype, transforms=swizzle)
+        numbers = plgpu.SMEM((STAGES, softmax.ROWS), jnp.float32)
         pl.run_scoped(
             scoped,
             kept,

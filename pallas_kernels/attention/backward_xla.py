@@ -13,8 +13,8 @@ from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import dot_f32, pin, row_sum
 
 
-def attention(q, k_pages, v_pages, block_tables, query_start, seq_lens, d_out, *, scale, window, soft_cap):
-    """(dq, dk, dv) in the dtypes and shapes of q, k_pages and v_pages."""
+def attention(q, k_pages, v_pages, block_tables, query_start, seq_lens, _, d_out, *, scale, window, soft_cap):
+    """(dq, dk, dv) in the dtypes and shapes of q, k_pages and v_pages; nothing is saved in the forward pass."""
     tokens, heads, dim = q.shape
     kv_heads, page = k_pages.shape[1:3]
     group, tile = heads // kv_heads, GRADIENT_ROWS

@@ -108,10 +108,22 @@ def finish(out, total, dtype):
     return (out * inverse + 0.0).astype(dtype)
 
 
+def log_sum_exp(best, total):
+    """M + log2 L of a row's merged segments; zero for rows that saw no key."""
+    log = jnp.log(jnp.where(total == 0.0, 1.0, total))
+    lse = fused_multiply_add(log, full(log.shape, LOG2_E, ROW), best, ROW)
+    return jnp.where(total == 0.0, 0.0, lse)
+
+
+def columns(head_dim: int) -> int:
+    """So many columns of a `swizzled` buffer are loaded together."""
+    return 64 if head_dim % 64 == 0 else 32
+
+
 def clear_tail(values, live):
     """Zeroes rows from `live` on of a [keys, D] value tile in shared memory: 0 · NaN must not happen."""
     keys, head_dim = values.shape
-    width = 64 if head_dim % 64 == 0 else 32
+    width = columns(head_dim)
 
     @pl.when(live < keys)
     def _():

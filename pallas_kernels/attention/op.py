@@ -37,7 +37,8 @@ def attention(
 
     Gradients depend on the sequence alone, too. Without atomics: dq adds up over ascending keys; dk and dv over
     ascending queries, in a tile of 64 over ascending heads of the group (elsewhere than on "mosaic_gpu" a tile's rows
-    and heads are one sum); a page that sequences share over those in ascending order.
+    and heads are one sum); a page that sequences share over those in ascending order. For them the forward pass keeps,
+    with "mosaic_gpu", its result and each row's log-sum-exp.
 
     Args:
         q: queries of all sequences, one after the other.
@@ -52,8 +53,10 @@ def attention(
         backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
     Returns:
-        [T, Hq, D] in q's dtype; rows past query_start[-1] are unspecified and finite only if their inputs are. With
-        "mosaic_gpu" and `max_query_len=1` so are rows of sequences without keys, finite or not.
+        [T, Hq, D] in q's dtype. With "mosaic_gpu" rows past query_start[-1], and rows of sequences without keys, are
+        zero, and so are their gradients, be q and the result's cotangent NaN there: training relies on it. Without
+        differentiation and with `max_query_len=1` they are unspecified. With other backends rows past query_start[-1]
+        are unspecified, and finite only if their inputs are.
 
     Raises:
         ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
@@ -63,7 +66,7 @@ def attention(
     return _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens)
 
 
-@with_gradient(backward.attention)
+@with_gradient(backward.attention, saving=backward.saving)
 def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens):
     scale, window, soft_cap, max_query_len, backend = static
     return registry.load("attention", backend).attention(

@@ -12,61 +12,50 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import online_softmax_sm90 as softmax
+from pallas_kernels.attention.query_tiles_sm90 import chunk_of, query_tiles, to_rows, to_tiles
 from pallas_kernels.attention.segments_sm90 import BLOCK, SEGMENT
 from pallas_kernels.compat import interpreting, pl, plgpu
 
 STAGES = 2
 
 
-def prefill(q, k_pages, v_pages, tables, query_start, lens, *, scale, window, soft_cap):
-    """q [T, Hq, D] of sequences one after the other → [T, Hq, D]."""
+def prefill(q, k_pages, v_pages, tables, query_start, lens, **options):
+    """q [T, Hq, D] of sequences one after the other → [T, Hq, D]; rows of no sequence are zero."""
+    return _prefill(q, k_pages, v_pages, tables, query_start, lens, with_lse=False, **options)[0]
+
+
+def prefill_saving(q, k_pages, v_pages, tables, query_start, lens, **options):
+    """What `prefill` gives, and for its gradient (tiles, q and the result in tile space, log-sum-exp [Hq, size]).
+
+    The log-sum-exp of a row is M + log2 L, of the row's scores in log2 units; zero where there is no query.
+    """
+    return _prefill(q, k_pages, v_pages, tables, query_start, lens, with_lse=True, **options)
+
+
+def _prefill(q, k_pages, v_pages, tables, query_start, lens, *, with_lse, scale, window, soft_cap):
     tokens, _, dim = q.shape
-    sequences = lens.shape[0]
-    tile = softmax.ROWS if dim > 128 else 2 * softmax.ROWS
-    count = -(-tokens // tile) + (sequences - 1 if sequences > 1 else 0)
-    owner, start = _tiles(query_start, tile, count)
-    length = query_start[1:] - query_start[:-1]
-    if sequences > 1:  # TMA wants each tile to start at a multiple of 8 rows
-        rows = (query_start[owner] + start)[:, None] + jnp.arange(tile, dtype=jnp.int32)
-        q = q.at[jnp.minimum(rows.reshape(-1), tokens - 1)].get(mode="promise_in_bounds")
-    elif tokens % tile:
-        q = jnp.pad(q, ((0, -tokens % tile), (0, 0), (0, 0)))
-    live = jnp.where(start < length[owner], lens[owner], 0)
-    position = lens[owner] - length[owner] + start
-    shape = q.shape, k_pages.shape, tables.shape, count
-    call = _kernel(shape, q.dtype, scale, window, soft_cap, interpreting())
+    tiles = query_tiles(query_start, lens, tokens, dim)
+    q = to_tiles(q, tiles)
+    call = _kernel(
+        q.shape, k_pages.shape, tiles.shape, q.dtype, scale, window, soft_cap, with_lse, interpreting()
+    )
     k_pages, v_pages = (p.reshape(*p.shape[:2], -1, BLOCK[dim], dim) for p in (k_pages, v_pages))
-    out = call(q, k_pages, v_pages, tables, owner, position, live)
-    if sequences == 1:
-        return out[:tokens] if out.shape[0] != tokens else out
-    # Back from tiles to rows: row t of sequence s sits in tile (first tile of s) + t // tile.
-    at = jnp.arange(tokens, dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.sum(at[:, None] >= query_start[None, 1:], axis=1), sequences - 1)
-    tiles = -(-length // tile)
-    where = (jnp.cumsum(tiles) - tiles)[sequence] * tile + at - query_start[sequence]
-    return out.at[jnp.clip(where, 0, out.shape[0] - 1)].get(mode="promise_in_bounds")
-
-
-def _tiles(query_start, tile, count):
-    """(sequence, first query) of every tile; surplus tiles start past the end of the last sequence."""
-    ends = jnp.cumsum(-(-(query_start[1:] - query_start[:-1]) // tile)).astype(jnp.int32)
-    index = jnp.arange(count, dtype=jnp.int32)
-    owner = jnp.sum(index[:, None] >= ends[None], axis=1, dtype=jnp.int32)
-    owner = jnp.minimum(owner, ends.shape[0] - 1)
-    begin = jnp.where(owner > 0, ends[jnp.maximum(owner - 1, 0)], 0)
-    return owner, (index - begin) * tile
+    numbers = tiles.sequence, tiles.place, tiles.position, tiles.keys, tiles.queries
+    out, *lse = call(q, k_pages, v_pages, tables, *numbers)
+    return to_rows(out, tiles, tokens), (tiles, q, out, *lse)
 
 
 @functools.cache
-def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
-    (_, heads, dim), (_, kv_heads, page, _), _, count = shape
+def _kernel(shape, pool, tiles, dtype, scale, window, soft_cap, with_lse, _interpreting):
+    (size, heads, dim), (_, kv_heads, page, _) = shape, pool
+    tile, count, sequences, in_rows = tiles
     keys, group = BLOCK[dim], heads // kv_heads
-    split = dim > 128
-    tile, out_dim = (softmax.ROWS, dim // 2) if split else (2 * softmax.ROWS, dim)
+    split = tile == softmax.ROWS
+    out_dim = dim // 2 if split else dim
     per_page, per_segment = page // keys, SEGMENT // keys
     c = softmax.factor(scale, soft_cap)
 
-    def body(q_g, k_g, v_g, tables_g, owner_g, position_g, live_g, out_g):
+    def body(q_g, k_g, v_g, tables_g, owner_g, place_g, position_g, live_g, queries_g, out_g, *lse_g):
         def scoped(q_s, k_s, v_s, k_full, v_full, q_full, k_free, v_free, turn, *out_s):
             head, warpgroup = lax.axis_index("head"), lax.axis_index("wg")
             at = count - 1 - lax.axis_index("tile")  # long rows first
@@ -75,6 +64,31 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
             first = jnp.int32(0)
             if window is not None:
                 first = lax.div(jnp.maximum(position - (window - 1), 0), jnp.int32(keys))
+            mine = 0 if split else warpgroup  # this warpgroup's chunk of the tile
+            surplus = in_rows & (sequence == sequences - 1)
+            rows, queries, written = chunk_of(place_g[at], queries_g[at], mine, size, surplus)
+            taken = q_s.at[mine]
+
+            def write(result, best, total):
+                row = plgpu.broadcasted_iota(jnp.int32, result.shape, 0, layout=softmax.TILE)
+                result = jnp.where(row < queries, result, 0.0)
+                staged = out_s[0].at[warpgroup] if split else taken
+                staged[...] = result.astype(dtype)
+                plgpu.commit_smem()
+
+                @pl.when(written)
+                def _():
+                    columns = (pl.ds(warpgroup * out_dim, out_dim),) if split else ()
+                    plgpu.copy_smem_to_gmem(staged, out_g.at[(rows, head, *columns)])
+                    plgpu.wait_smem_to_gmem(0)
+
+                if with_lse:
+
+                    @pl.when(written & ((warpgroup == 0) | (not split)))
+                    def _():
+                        row = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=softmax.ROW)
+                        lse = softmax.log_sum_exp(best, total)
+                        lse_g[0].at[head, rows][...] = jnp.where(row < queries, lse, 0.0)
 
             def take_turn():
                 plgpu.barrier_arrive(turn)
@@ -83,19 +97,16 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
             @pl.when((warpgroup < 2) & (length > 0))
             def _compute():
                 plgpu.set_max_registers(240, action="increase")
-                mine = 0 if split else warpgroup
                 base = position + mine * softmax.ROWS
                 end = pl.cdiv(jnp.minimum(base + softmax.ROWS, length), jnp.int32(keys))
                 end = jnp.clip(end, first + 1, last)
-                queries = q_s.at[mine]
-                rows = pl.ds(at * tile if split else at * tile + warpgroup * softmax.ROWS, softmax.ROWS)
                 if split:
 
                     @pl.when(warpgroup == 0)
                     def _():
-                        plgpu.copy_gmem_to_smem(q_g.at[rows, head], queries, q_full.at[0])
+                        plgpu.copy_gmem_to_smem(q_g.at[rows, head], taken, q_full.at[0])
                 else:
-                    plgpu.copy_gmem_to_smem(q_g.at[rows, head], queries, q_full.at[mine])
+                    plgpu.copy_gmem_to_smem(q_g.at[rows, head], taken, q_full.at[mine])
                 plgpu.barrier_wait(q_full.at[mine])
                 plgpu.barrier_wait(k_full.at[0])
                 pl.when(warpgroup == 1)(take_turn)
@@ -105,7 +116,7 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
                     slot = lax.rem(j - first, jnp.int32(STAGES))
 
                     def product(ref):
-                        plgpu.wgmma(ref, queries, k_s.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(ref, taken, k_s.at[slot].transpose((1, 0)))
                         take_turn()
                         return ref[...]
 
@@ -151,7 +162,7 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
                     whole = jnp.minimum(whole, end)
                     state = lax.fori_loop(first, whole, functools.partial(each_block, edge=False), state)
                 state = lax.fori_loop(whole, end, functools.partial(each_block, edge=True), state)
-                out, _, total = softmax.merge(*state)
+                out, best, total = softmax.merge(*state)
 
                 def pass_by(j, _):  # keeps step with the other warpgroup
                     slot = lax.rem(j - first, jnp.int32(STAGES))
@@ -163,12 +174,11 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
 
                 lax.fori_loop(end, last, pass_by, ())
                 pl.when(warpgroup == 0)(take_turn)
-                result = out_s[0].at[warpgroup] if split else queries
-                result[...] = softmax.finish(out, total, dtype)
-                plgpu.commit_smem()
-                where = (rows, head, pl.ds(warpgroup * out_dim, out_dim)) if split else (rows, head)
-                plgpu.copy_smem_to_gmem(result, out_g.at[where])
-                plgpu.wait_smem_to_gmem(0)
+                write(softmax.finish(out, total, jnp.float32), best, total)
+
+            @pl.when((warpgroup < 2) & (length == 0))
+            def _clear():
+                write(*softmax.empty(out_dim))
 
             @pl.when((warpgroup == 2) & (length > 0))
             def _load():
@@ -196,27 +206,30 @@ def _kernel(shape, dtype, scale, window, soft_cap, _interpreting):
                 lax.fori_loop(jnp.maximum(first, last - STAGES), last, drain, ())
 
         swizzle = softmax.swizzled(dim)
-        results = [plgpu.SMEM((2, softmax.ROWS, out_dim), dtype, transforms=swizzle)] if split else []
-        tiles = plgpu.SMEM((STAGES, keys, dim), dtype, transforms=swizzle)
+        half = plgpu.SMEM((2, softmax.ROWS, out_dim), dtype, transforms=softmax.swizzled(out_dim))
+        ring = plgpu.SMEM((STAGES, keys, dim), dtype, transforms=swizzle)
         pl.run_scoped(
             scoped,
             plgpu.SMEM((1 if split else 2, softmax.ROWS, dim), dtype, transforms=swizzle),
-            tiles,
-            tiles,
+            ring,
+            ring,
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2),
-            *results,
+            *([half] if split else []),
             collective_axes="wg",
         )
 
+    outputs = [jax.ShapeDtypeStruct((size, heads, dim), dtype)]
+    if with_lse:
+        outputs.append(jax.ShapeDtypeStruct((heads, size), jnp.float32))
     return plgpu.kernel(
         body,
         kernel_name="attention_prefill",
-        out_type=jax.ShapeDtypeStruct((count * tile, heads, dim), dtype),
+        out_type=outputs,
         grid=(heads, count),
         grid_names=("head", "tile"),
         num_threads=3,
