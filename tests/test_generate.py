@@ -352,6 +352,7 @@ def test_bad_calls(llm, call, message):
         ("seed", 2**64),
         ("seed", None),
         ("num_speculative_tokens", 0),
+        ("num_scheduler_steps", 0),
         ("gpu_memory_utilization", 0),
         ("gpu_memory_utilization", 1.1),
         ("tensor_parallel_size", 2),

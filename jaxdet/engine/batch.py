@@ -67,6 +67,13 @@ def model_batch(plan: Plan, bucket: Bucket, table: int) -> tuple[Batch, np.ndarr
     return Batch(ids, positions, slots, *row_arrays, tables[rows:], query_start, lens[rows:]), feed
 
 
+def steps_of(plan: Plan, bucket: Bucket) -> np.ndarray:
+    """How many tokens each row samples in several steps in a row; padding none."""
+    found = np.zeros(bucket.rows, np.int32)
+    found[: len(plan.rows)] = [part.steps for part in plan.rows]
+    return found
+
+
 def placed(plan: Plan, bucket: Bucket) -> Placed:
     """Every part with the row of its first token."""
     return _in_a_row(plan.rows, 0) + _in_a_row(plan.chunks, bucket.rows)

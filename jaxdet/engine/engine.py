@@ -22,7 +22,7 @@ from jaxdet.engine.sequence import Constraint, Entry, Sequence
 from jaxdet.engine.stats import Counters, EngineStats
 from jaxdet.engine.step import Logprobs, Step, StepOutput
 from jaxdet.engine.warm_up import COPY_BUCKETS, compile_all
-from jaxdet.models.layers import DecoderLM
+from jaxdet.models.layers import Batch, DecoderLM
 from jaxdet.sampling_params import MAX_LOGPROBS, SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
 
@@ -60,6 +60,9 @@ class Engine:
         seed: the seed of requests that bring none.
         drafter: "ngram", a small model with the same vocabulary, or None: who guesses tokens.
         num_speculative_tokens: how many guesses one step verifies.
+        num_scheduler_steps: decode steps that the device takes at once while no request needs the host in between
+            (penalties, grammars, logprobs, prompts and drafts do). Where the device is faster than the host that is
+            what limits; tokens come in bursts then.
         keep_logits: keep every sampled token's logits on its sequence (for verification).
     """
 
@@ -79,6 +82,7 @@ class Engine:
         eos_token_ids: Tokens[int] = (),
         drafter: DecoderLM | str | None = None,
         num_speculative_tokens: int = 4,
+        num_scheduler_steps: int = 1,
         keep_logits: bool = False,
     ):
         self.step_fn = Step(model)
@@ -86,6 +90,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.keep_logits = keep_logits
         self._drafts = num_speculative_tokens if drafter is not None else 0
+        self._steps = num_scheduler_steps if drafter is None else 1
         self._table = -(-max_model_len // PAGE_SIZE)
         prompts = max(FEWEST_PREFILL_SEQS, max_num_batched_tokens // PAGE_SIZE)
         self.buckets = Buckets(max_num_seqs * (1 + self._drafts), max_num_batched_tokens, prompts)
@@ -263,7 +268,7 @@ class Engine:
             changed: list[Sequence] = []
             if self._flights and (self._drafter or any(s.needs_last_token for s in self.scheduler.running)):
                 changed += self._collect(self._flights.popleft())
-            plan = self.scheduler.schedule(self._propose())
+            plan = self.scheduler.schedule(self._propose(), self._steps)
             if plan.copies:
                 self._copy(plan.copies)
             if plan:
@@ -301,7 +306,7 @@ class Engine:
         """
         target = self.step_fn, self._cache, self._last_tokens
         drafter = self._drafter.programs if isinstance(self._drafter, ModelDrafter) else None
-        compile_all(target, drafter, self.buckets, self._table, progress=progress)
+        compile_all(target, drafter, self.buckets, self._table, steps=self._steps, progress=progress)
         self._compiled_at_start = self._compiled
 
     @property
@@ -359,6 +364,8 @@ class Engine:
         rows = sum(part.count for part in plan.rows)
         bucket = self.buckets.fit(rows, sum(part.count for part in plan.chunks), len(plan.chunks))
         batch, feed = arrays.model_batch(plan, bucket, self._table)
+        if plan.steps > 1:
+            return Flight(plan, bucket, self._decode(plan, bucket, batch, feed), started)
         hidden, logits, self._cache = step.run(self._cache, self._last_tokens, feed, batch)
         if self._drafter:
             self._drafter.follow(batch)
@@ -383,6 +390,17 @@ class Engine:
             array.copy_to_host_async()
         return Flight(plan, bucket, out, started)
 
+    def _decode(self, plan: Plan, bucket: Bucket, batch: Batch, feed: np.ndarray) -> StepOutput:
+        chosen = arrays.sampled(plan, bucket)
+        sampling = arrays.sampling_rows(chosen, bucket.rows)
+        counts, slots = arrays.steps_of(plan, bucket), arrays.slots_of(chosen, bucket.rows, self._slots)
+        tokens, usable, self._last_tokens, self._cache = self.step_fn.decode(
+            self._cache, self._last_tokens, feed, batch, counts, sampling, slots, steps=plan.steps
+        )
+        for array in (tokens, usable):
+            array.copy_to_host_async()
+        return StepOutput(tokens, usable, None, None, None)
+
     def _collect(self, flight: Flight) -> list[Sequence]:
         """Waits for a step's results and gives every sequence its own."""
         plan, bucket = flight.plan, flight.bucket
@@ -398,14 +416,17 @@ class Engine:
         for part, row in arrays.sampled(plan, bucket):
             # This loop runs for every sequence at every step.
             sequence = part.sequence
-            sequence.in_flight -= 1 + len(part.drafts)
+            sequence.in_flight -= part.steps + len(part.drafts)
             if sequence.finish_reason is not None:
                 continue
             before = len(sequence.tokens)
             if before == len(sequence.prompt):
                 self._counters.prompt_tokens += before
                 self._counters.cached_tokens += sequence.cached
-            self._take_tokens(part, row, tokens, usable, out)
+            if plan.steps > 1:
+                _take_steps(part, row, tokens, usable)
+            else:
+                self._take_tokens(part, row, tokens, usable, out)
             count += len(sequence.tokens) - before
             if len(sequence.tokens) >= sequence.register_at:
                 self.scheduler.register(sequence)
@@ -414,7 +435,7 @@ class Engine:
                 self._counters.failed += sequence.finish_reason == "error"
                 self._counters.finished += sequence.finish_reason != "error"
                 self.scheduler.finish(sequence)
-        self._counters.step_done(flight.started, count)
+        self._counters.step_done(flight.started, count, plan.steps)
         return changed
 
     def _take_tokens(
@@ -451,6 +472,18 @@ class Engine:
             sequence.prompt_logprobs += [
                 _entry(found, first + at - part.start, top) for at in range(known, end)
             ]
+
+
+def _take_steps(part: Part, row: int, tokens: list[list[int]], usable: list[list[bool]]) -> None:
+    """The tokens of several steps, up to the one that ends the sequence."""
+    sequence = part.sequence
+    for step in range(part.steps):
+        if not usable[step][row]:
+            sequence.finish_reason = "error"
+        else:
+            sequence.append(tokens[step][row])
+        if sequence.finish_reason is not None:
+            break
 
 
 def _entry(logprobs: Logprobs, row: int, top: int) -> Entry:

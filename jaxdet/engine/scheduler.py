@@ -3,10 +3,14 @@
 import bisect
 import dataclasses
 from collections.abc import Iterator
+from fractions import Fraction
 
 from jaxdet.engine.kv_cache import PagePool
 from jaxdet.engine.sequence import Sequence
 from pallas_kernels.numerics import PAGE_SIZE
+
+MOST_WASTE = Fraction(1, 8)
+"""Of the rows of several steps in a row, the share that may belong to sequences that are at their end by then."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -19,11 +23,13 @@ class Part:
     drafts: list[int]
     samples: bool
     """Whether a next token is chosen: not in the middle of a prompt."""
+    steps: int = 1
+    """Tokens that are sampled one after the other, at most as many as the plan's steps."""
 
 
 @dataclasses.dataclass
 class Plan:
-    """One step."""
+    """One step, or several in a row."""
 
     rows: list[Part] = dataclasses.field(default_factory=list)
     """Every token is a query of its own: decode, and drafts to verify."""
@@ -31,6 +37,8 @@ class Plan:
     """Prefill."""
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """Pages to copy (from, to) before it."""
+    steps: int = 1
+    """How often every row is decoded, without the host in between."""
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.chunks)
@@ -84,11 +92,12 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_order)
 
-    def schedule(self, drafts: dict[Sequence, list[int]] | None = None) -> Plan:
+    def schedule(self, drafts: dict[Sequence, list[int]] | None = None, steps: int = 1) -> Plan:
         """The next step; empty if nothing can run before results of earlier steps are in.
 
         Args:
             drafts: guesses to verify, of sequences that decode.
+            steps: how many steps may be taken at once where all sequences decode, without drafts.
         """
         plan = Plan()
         copied = self._admit(plan)
@@ -117,14 +126,34 @@ class Scheduler:
                 else:
                     budget = 0
         self.pool.release(copied)
+        if steps > 1 and plan.rows and not plan.chunks:
+            self._repeat(plan, steps)
         for part in plan:
             sequence = part.sequence
-            sequence.computed += part.count
+            sequence.computed += part.count + part.steps - 1
             if part.samples:
-                sequence.in_flight += 1 + len(part.drafts)
+                sequence.in_flight += part.steps + len(part.drafts)
             if sequence.computed >= sequence.register_at:
                 self.register(sequence)
         return plan
+
+    def _repeat(self, plan: Plan, steps: int) -> None:
+        """Makes one step several, if nobody needs the host, few come to their end on the way and pages are there."""
+        if any(part.sequence.by_step for part in plan.rows):
+            return
+        counts = [min(steps, p.sequence.max_tokens - p.sequence.length + len(p.sequence.prompt)) for p in plan.rows]
+        if steps * len(counts) - sum(counts) > MOST_WASTE * steps * len(counts):
+            return
+        missing = [
+            max(0, -(-(part.start + count) // PAGE_SIZE) - len(part.sequence.pages))
+            for part, count in zip(plan.rows, counts, strict=True)
+        ]
+        if sum(missing) > self.pool.available:
+            return
+        plan.steps = steps
+        for part, count, pages in zip(plan.rows, counts, missing, strict=True):
+            part.steps = count
+            part.sequence.pages += [self.pool.allocate() for _ in range(pages)]
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a finished or aborted sequence out and frees its pages."""

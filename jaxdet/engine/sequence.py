@@ -83,6 +83,8 @@ class Sequence:
     penalised: bool = dataclasses.field(init=False)
     needs_last_token: bool = dataclasses.field(init=False)
     """Whether what was sampled last has a say in the next choice, so that the host must know it by then."""
+    by_step: bool = dataclasses.field(init=False)
+    """Whether the host has a part in every single step of it."""
     adjusted: bool = dataclasses.field(init=False)
     """Whether any of its logits are biased, banned or penalised."""
     sampling: tuple[float, ...] = dataclasses.field(init=False)
@@ -95,6 +97,8 @@ class Sequence:
         self.constraint = self.grammar and self.grammar.copy()
         self.needs_last_token = self.penalised or self.constraint is not None
         self.adjusted = self.penalised or bool(p.logit_bias) or p.min_tokens > 0
+        wanted = p.logprobs is not None or self.keep_logits or self.max_tokens == 0
+        self.by_step = wanted or self.adjusted or self.needs_last_token
         # A top_p that float32 rounds to 0 would keep nothing; the smallest normal number keeps the best token.
         cuts = (p.top_k, max(p.top_p, TINY)) if p.temperature else (0, 1)
         halves = self.seed & 0xFFFFFFFF, self.seed >> 32

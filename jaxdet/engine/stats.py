@@ -67,23 +67,24 @@ class Counters:
         self.finished = self.cancelled = self.failed = self.steps = 0
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
         self.drafted_tokens = self.accepted_tokens = 0
-        self._ends: deque[tuple[float, float, int]] = deque(maxlen=RECENT_STEPS)
-        """Per step: when it ended, how long after the one before it or its own start, output tokens."""
+        self._ends: deque[tuple[float, float, int, int]] = deque(maxlen=RECENT_STEPS)
+        """Of steps taken at once: when they ended, how long after those before or their own start, output tokens, how
+        many steps they were."""
 
-    def step_done(self, started: float, tokens: int) -> None:
-        """A step's results are in; it was handed to the device at `started`."""
+    def step_done(self, started: float, tokens: int, steps: int) -> None:
+        """The results of so many steps are in, which were handed to the device at `started`."""
         now = time.perf_counter()
         begun = max(started, self._ends[-1][0]) if self._ends else started
-        self._ends.append((now, now - begun, tokens))
-        self.steps += 1
+        self._ends.append((now, now - begun, tokens, steps))
+        self.steps += steps
         self.output_tokens += tokens
 
     def rates(self) -> dict[str, float]:
         """Tokens a second and percentiles of the step time."""
         if not self._ends:
             return dict.fromkeys(("tokens_per_second", "step_ms_p50", "step_ms_p95", "step_ms_p99"), 0.0)
-        _, durations, tokens = np.array(self._ends).T
-        p50, p95, p99 = np.percentile(durations * 1e3, [50, 95, 99]).tolist()
+        _, durations, tokens, steps = np.array(self._ends).T
+        p50, p95, p99 = np.percentile(durations / steps * 1e3, [50, 95, 99]).tolist()
         return {
             "tokens_per_second": float(tokens.sum() / durations.sum()),
             "step_ms_p50": p50,

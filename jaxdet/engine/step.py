@@ -5,6 +5,7 @@ for: kept apart, their variants add up instead of multiplying.
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,19 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxdet.engine import lowered_cache
 from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.backend import compiler_options
+from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
 from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, restrict, sample, token_logprobs
 
 SCORE_ROWS = 64
 """Rows of logits alive at once while every position is scored."""
 
-KEPT = ("model", "logits", "draw", "logprobs", "score")
+KEPT = ("model", "decode", "logits", "draw", "logprobs", "score")
 """Programs with kernels of ours, slow enough to lower to be worth keeping."""
 
 
@@ -41,7 +44,10 @@ jax.export.register_namedtuple_serialization(Logprobs, serialized_name=f"{__name
 
 
 class StepOutput(NamedTuple):
-    """Per row of logits the sampled token and whether the logits were usable; the rest when asked for."""
+    """Per row of logits the sampled token and whether the logits were usable; the rest when asked for.
+
+    After several steps in a row both have them in front: [steps, rows].
+    """
 
     tokens: HostOrDevice
     usable: HostOrDevice
@@ -61,6 +67,7 @@ class Step:
         bind = functools.partial
         self._functions = {
             "model": (bind(_model, graph, self._tree), {"donate_argnums": 1}),
+            "decode": (bind(_decode, graph, self._tree, backend), {"donate_argnums": (1, 2)}),
             "logits": (bind(_logits, graph, self._tree), {}),
             "draw": (bind(_draw, backend), {"donate_argnums": 3}),
             "adjust": (adjust, {}),
@@ -127,6 +134,35 @@ class Step:
             last_tokens.shape,
         )
         return self._call("model", key, self._weights, cache, last_tokens, feed, batch)
+
+    def decode(
+        self,
+        cache: KVCache,
+        last_tokens: Int[Array, " slots"],
+        feed: Int[HostOrDevice, " R"],
+        batch: Batch,
+        counts: Int[HostOrDevice, " R"],
+        rows: SamplingRows | None,
+        slots: Int[HostOrDevice, " R"],
+        *,
+        steps: int,
+    ) -> tuple[Int[Array, "steps R"], Bool[Array, "steps R"], Int[Array, " slots"], KVCache]:
+        """`run` and `draw`, so many times in a row: each row's token is the next step's input.
+
+        The cache and `last_tokens` are donated.
+
+        Args:
+            batch: the first step's, rows alone.
+            counts: tokens that each row may sample; after them it touches no page but the trash page, and what it
+                samples means nothing.
+            rows: the first step's; positions go up from there.
+
+        Returns:
+            Tokens and whether the logits were usable, `last_tokens` with every row's last, the cache.
+        """
+        key = batch.row_tables.shape, rows is None, cache[0][0].shape, last_tokens.shape, steps
+        arguments = self._weights, cache, last_tokens, feed, batch, counts, rows, slots
+        return self._call("decode", key, *arguments, steps=steps)
 
     def draw(
         self,
@@ -205,6 +241,37 @@ def _model(graph, tree, weights, cache: KVCache, last_tokens, feed, batch: Batch
     hidden, cache = model(batch, cache)
     last = hidden.at[batch.last_rows()].get(mode="promise_in_bounds")
     return hidden, model.logits(last), cache
+
+
+def _decode(
+    graph, tree, backend, weights, cache, last_tokens, feed, batch: Batch, counts, rows, slots, *, steps: int
+):
+    fed = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
+    model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+    tables, row = batch.row_tables, jnp.arange(batch.rows)
+
+    def one(step, state):
+        cache, tokens, found, usable = state
+        ahead = jnp.minimum(step, jnp.maximum(counts - 1, 0))
+        positions = batch.positions + ahead
+        page = tables.at[row, positions // PAGE_SIZE].get(mode="promise_in_bounds")
+        page = jnp.where(step < counts, page, TRASH_PAGE)
+        here = dataclasses.replace(
+            batch,
+            tokens=tokens,
+            positions=positions,
+            slots=page * PAGE_SIZE + positions % PAGE_SIZE,
+            row_lens=batch.row_lens + ahead,
+        )
+        hidden, cache = model(here, cache)
+        drawn = rows and dataclasses.replace(rows, position=rows.position + ahead)
+        tokens, ok = sample(model.logits(hidden), drawn, backend=backend)
+        return cache, tokens, found.at[step].set(tokens), usable.at[step].set(ok)
+
+    shape = steps, batch.rows
+    state = cache, jnp.where(feed >= 0, fed, batch.tokens), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    cache, tokens, found, usable = lax.fori_loop(0, steps, one, state)
+    return found, usable, last_tokens.at[slots].set(tokens, mode="drop"), cache
 
 
 def _logits(graph, tree, weights, hidden) -> jax.Array:

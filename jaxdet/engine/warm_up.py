@@ -28,16 +28,18 @@ Programs = tuple[Step, KVCache, jax.Array]
 
 
 def compile_all(
-    target: Programs, drafter: Programs | None, buckets: Buckets, table: int, *, progress: bool
+    target: Programs, drafter: Programs | None, buckets: Buckets, table: int, *, steps: int, progress: bool
 ) -> None:
     """Compiles the programs of every bucket.
 
     Args:
         drafter: the small model that guesses, if there is one.
         table: length of a block table.
+        steps: decode steps that may be taken at once.
         progress: show a bar.
     """
     jobs = [
+        *(_decode_jobs(*target, buckets, table, steps) if steps > 1 else ()),
         *_model_jobs(*target, buckets, table, drawn=_sampled(buckets)),
         *_request_jobs(target[0], buckets),
     ]
@@ -76,6 +78,18 @@ def _model_jobs(
             yield bind(compiler.draw, logits, rows, ids, last)
     for size in COPY_BUCKETS:
         yield bind(compiler.copy_pages, cache, *[of((size,), jnp.int32)] * 2)
+
+
+def _decode_jobs(
+    step: Step, cache: KVCache, last_tokens: jax.Array, buckets: Buckets, table: int, steps: int
+) -> Iterator[Callable[[], object]]:
+    """What compiles several decode steps in a row."""
+    compiler, bind = step.compiler(), functools.partial
+    cache, last = jax.eval_shape(lambda: (cache, last_tokens))
+    for size in buckets.rows:
+        ints, batch = _shape((size,), jnp.int32), _batch(Bucket(size, 0, 0), table)
+        for rows in (None, _sampling_rows(size)):
+            yield bind(compiler.decode, cache, last, ints, batch, ints, rows, ints, steps=steps)
 
 
 def _request_jobs(step: Step, buckets: Buckets) -> Iterator[Callable[[], object]]:
