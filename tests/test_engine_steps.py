@@ -232,4 +232,3 @@ def test_everything_is_compiled_at_start(model):
     engine.compile_all()
     assert ends(engine, FREE[:3]) and taken[STEPS]
     assert engine.stats().compiled_after_start == 0
-

@@ -59,7 +59,9 @@ def test_the_cache_is_never_copied(dim):
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
-    "number", range(4), ids=["smollm2-decode", "smollm2-mixed", "qwen3-decode", "qwen3-mixed"]
+    "number",
+    range(5),
+    ids=["smollm2-decode", "smollm2-mixed", "smollm2-repeated", "qwen3-decode", "qwen3-mixed"],
 )
 def test_whole_steps_compile_and_fit(number, chip):
     program = steps(chip)[number]

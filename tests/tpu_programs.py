@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tpu_chips import CHIPS, Compiled, compile_for
 
+from jaxdet.engine.step import _decode
 from jaxdet.models.layers import Batch
 from jaxdet.testing import QWEN3_8B, SMOLLM2, random_model
 from pallas_kernels.attention.op import attention
@@ -178,6 +179,20 @@ def step_program(name, config, *, rows, prompt_tokens, pages, sequences=4):
     return Program(f"{name}, {kind}", step, operands, (1,))
 
 
+def repeated_program(name, config, *, rows, pages, times):
+    """Several decode steps in a row."""
+    single = step_program(name, config, rows=rows, prompt_tokens=0, pages=pages)
+    state, cache, batch, sampling = single.operands
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: random_model(config, dtype=jnp.dtype(BF16), backend=TPU, max_model_len=8192))
+    )
+    weights, tree = jax.tree.flatten(state)
+    each = shape(rows, dtype=I32)
+    function = functools.partial(_decode, graph, tree, TPU, steps=times)
+    operands = weights, cache, each, each, batch, each, sampling, each
+    return Program(f"{single.name}, {times} times", function, operands, (1, 2))
+
+
 @functools.cache
 def steps(chip: str) -> list[Program]:
     """The steps of two models on one device of that chip; v5e holds half of Qwen3-8B's layers."""
@@ -187,6 +202,7 @@ def steps(chip: str) -> list[Program]:
     return [
         step_program("SmolLM2-135M", SMOLLM2, rows=8, prompt_tokens=0, pages=512),
         step_program("SmolLM2-135M", SMOLLM2, rows=8, prompt_tokens=504, pages=512),
+        repeated_program("SmolLM2-135M", SMOLLM2, rows=8, pages=512, times=8),
         step_program(name, qwen, rows=64, prompt_tokens=0, pages=256),
         step_program(name, qwen, rows=64, prompt_tokens=1984, pages=256),
     ]

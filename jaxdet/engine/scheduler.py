@@ -141,7 +141,9 @@ class Scheduler:
         """Makes one step several, if nobody needs the host, few come to their end on the way and pages are there."""
         if any(part.sequence.by_step for part in plan.rows):
             return
-        counts = [min(steps, p.sequence.max_tokens - p.sequence.length + len(p.sequence.prompt)) for p in plan.rows]
+        counts = [
+            min(steps, p.sequence.max_tokens - p.sequence.length + len(p.sequence.prompt)) for p in plan.rows
+        ]
         if steps * len(counts) - sum(counts) > MOST_WASTE * steps * len(counts):
             return
         missing = [

@@ -269,7 +269,12 @@ def _decode(
         return cache, tokens, found.at[step].set(tokens), usable.at[step].set(ok)
 
     shape = steps, batch.rows
-    state = cache, jnp.where(feed >= 0, fed, batch.tokens), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    state = (
+        cache,
+        jnp.where(feed >= 0, fed, batch.tokens),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, bool),
+    )
     cache, tokens, found, usable = lax.fori_loop(0, steps, one, state)
     return found, usable, last_tokens.at[slots].set(tokens, mode="drop"), cache
 
