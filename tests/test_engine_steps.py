@@ -1,6 +1,7 @@
 """Several decode steps taken at once give the tokens and caches of single ones, bit for bit."""
 
 import collections
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def model():
 
 def free(index: int, **fields) -> tuple[list[int], SamplingParams]:
     """A request in which the host has no part before the end."""
-    shared = {"max_tokens": 9 + index % 5, "ignore_eos": index % 2 == 0}
+    shared: dict[str, Any] = {"max_tokens": 9 + index % 5, "ignore_eos": index % 2 == 0}
     return REQUESTS[index].prompt, SamplingParams(**(shared | KINDS[index % len(KINDS)] | fields))
 
 
@@ -48,7 +49,7 @@ def engine_of(model, **changes):
         taken[plan.steps] += bool(plan)
         return plan
 
-    engine.scheduler.schedule = counted
+    engine.scheduler.schedule = counted  # type: ignore[method-assign]
     return engine, taken
 
 
@@ -203,7 +204,7 @@ def test_caches(model):
     assert any((bits(a) != bits(b)).any() for a, b in zip(flipped, theirs[0], strict=True))
 
 
-def _batch(ids, positions, tables, live=True):
+def _batch(ids, positions, tables, live: Any = True):
     positions = np.asarray(positions, np.int32)
     page = np.where(live, tables[np.arange(len(ids)), positions // 128], 0)
     none = np.zeros((0, tables.shape[1]), np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32)

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxdet.engine import lowered_cache
+from jaxdet.engine.packed import layout_of, pack, unpacking
 from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.backend import compiler_options
@@ -66,10 +68,10 @@ class Step:
         self.graph, backend = graph, self.backend
         bind = functools.partial
         self._functions = {
-            "model": (bind(_model, graph, self._tree), {"donate_argnums": 1}),
-            "decode": (bind(_decode, graph, self._tree, backend), {"donate_argnums": (1, 2)}),
+            "model": (unpacking(bind(_model, graph, self._tree)), {"donate_argnums": 1}),
+            "decode": (unpacking(bind(_decode, graph, self._tree, backend)), {"donate_argnums": (1, 2)}),
             "logits": (bind(_logits, graph, self._tree), {}),
-            "draw": (bind(_draw, backend), {"donate_argnums": 3}),
+            "draw": (unpacking(bind(_draw, backend)), {"donate_argnums": 1}),
             "adjust": (adjust, {}),
             "restrict": (restrict, {}),
             "logprobs": (bind(_logprobs, backend), {}),
@@ -133,7 +135,7 @@ class Step:
             cache[0][0].shape,
             last_tokens.shape,
         )
-        return self._call("model", key, self._weights, cache, last_tokens, feed, batch)
+        return self._call("model", key, self._weights, cache, last_tokens, told=(feed, batch))
 
     def decode(
         self,
@@ -161,8 +163,8 @@ class Step:
             Tokens and whether the logits were usable, `last_tokens` with every row's last, the cache.
         """
         key = batch.row_tables.shape, rows is None, cache[0][0].shape, last_tokens.shape, steps
-        arguments = self._weights, cache, last_tokens, feed, batch, counts, rows, slots
-        return self._call("decode", key, *arguments, steps=steps)
+        told = feed, batch, counts, rows, slots
+        return self._call("decode", key, self._weights, cache, last_tokens, told=told, steps=steps)
 
     def draw(
         self,
@@ -173,7 +175,7 @@ class Step:
     ) -> tuple[Int[Array, " R"], Array, Int[Array, " slots"]]:
         """One token per row, whether its logits were usable, and the tokens noted in their slots (donated)."""
         key = logits.shape, rows is None, last_tokens.shape
-        return self._call("draw", key, logits, rows, slots, last_tokens)
+        return self._call("draw", key, logits, last_tokens, told=(rows, slots))
 
     def adjust(self, logits: Float[Array, "R V"], adjustments: Adjustments) -> Float[Array, "R V"]:
         return self._call("adjust", (logits.shape, adjustments.row.shape), logits, adjustments)
@@ -199,7 +201,7 @@ class Step:
     def forward(self, cache: KVCache, batch: Batch) -> tuple[Float[Array, "T V"], KVCache]:
         """float32 logits of every token of the step: what verification compares. The cache is donated."""
         nothing = jnp.zeros(1, jnp.int32)
-        hidden, _, cache = self.run(cache, nothing, jnp.full(batch.tokens.shape, -1, jnp.int32), batch)
+        hidden, _, cache = self.run(cache, nothing, np.full(batch.tokens.shape, -1, np.int32), batch)
         return self._call("logits", hidden.shape, self._weights, hidden), cache
 
     @property
@@ -218,11 +220,13 @@ class Step:
         twin._call = self._compile
         return twin
 
-    def _call(self, name: str, key: Any, *args: Any, **static: Any) -> Any:
-        program = self._programs.get((name, key)) or self._compile(name, key, *args, **static)
-        return program(*args)
+    def _call(self, name: str, key: Any, *args: Any, told: tuple | None = None, **static: Any) -> Any:
+        program = self._programs.get((name, key)) or self._compile(name, key, *args, told=told, **static)
+        return program(*args) if told is None else program(*args, pack(told))
 
-    def _compile(self, name: str, key: Any, *args: Any, **static: Any) -> Any:
+    def _compile(self, name: str, key: Any, *args: Any, told: tuple | None = None, **static: Any) -> Any:
+        if told is not None:
+            args, static = (*args, pack(told)), static | {"layout": layout_of(told)}
         function, options = self._functions[name]
         jit = functools.partial(jax.jit, compiler_options=compiler_options(self.backend), **options)
         if name in KEPT and (folder := lowered_cache.folder(self.backend)):
@@ -248,7 +252,7 @@ def _decode(
 ):
     fed = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-    tables, row = batch.row_tables, jnp.arange(batch.rows)
+    tables, row = jnp.asarray(batch.row_tables), jnp.arange(batch.rows)
 
     def one(step, state):
         cache, tokens, found, usable = state
@@ -287,7 +291,7 @@ def _logprobs(backend, logits, tokens, *, top: int) -> Logprobs:
     return Logprobs(*token_logprobs(logits, tokens, top=top, backend=backend))
 
 
-def _draw(backend, logits, rows: SamplingRows | None, slots, last_tokens):
+def _draw(backend, logits, last_tokens, rows: SamplingRows | None, slots):
     tokens, usable = sample(logits, rows, backend=backend)
     return tokens, usable, last_tokens.at[slots].set(tokens, mode="drop")
 
