@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernels import DIM, HEADS, KV_HEADS, SHAPES, gpu_us, kernel_times, normal, run_sections
 
+from pallas_kernels.arrays import round_up
 from pallas_kernels.attention import backward_sm90 as attention_backward
 from pallas_kernels.attention import mosaic_gpu_sm90 as attention_forward
 from pallas_kernels.attention.op import attention
@@ -29,6 +30,7 @@ from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
 from pallas_kernels.matmul.activation_sm90 import before_activation
 from pallas_kernels.matmul.backward_sm90 import Tile
 from pallas_kernels.matmul.op import gated_matmul
+from pallas_kernels.numerics import GRADIENT_ROWS
 
 PRODUCTS = {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}
 ROWS = (8192, 1024, 2048, 64)
@@ -159,8 +161,10 @@ def attentions():
         for count, length in LENGTHS:
             arguments = _sequences(count, length, dim)
             options = {"scale": dim**-0.5, "window": None, "soft_cap": None}
+            aligned = {"query_alignment": GRADIENT_ROWS}
             *operands, d_out = arguments
-            _, saved = jax.jit(functools.partial(attention_forward.attention_saving, **options))(*operands)
+            saving = functools.partial(attention_forward.attention_saving, **options, **aligned)
+            _, saved = jax.jit(saving)(*operands)
             call = jax.jit(functools.partial(attention_backward.attention, **options))
             rounds = kernel_times(call, [(*operands, saved, d_out)], 5)
             row = {"op": "attention", "sequences": count, "tokens": length, "head_dim": dim}
@@ -170,11 +174,9 @@ def attentions():
             }
             row["longest kernels us"] = [float(x) for x in np.sort(np.median(rounds, axis=0))[::-1][:4]]
 
-            def ours(q, k, v, *rest, length=length, options=options):
+            def ours(q, k, v, *rest, options=options | aligned | {"max_query_len": length}):
                 def f(q, k, v):
-                    return attention(
-                        q, k, v, *rest[:3], max_query_len=length, backend="mosaic_gpu", **options
-                    )
+                    return attention(q, k, v, *rest[:3], backend="mosaic_gpu", **options)
 
                 out, pull = jax.vjp(f, q, k, v)
                 return out, pull(rest[3])
@@ -296,12 +298,12 @@ def _gated_bits(x, compare):
 def _attention_bits(dim, options, compare, count=3, length=700):
     """Sequences side by side and alone, before rows of NaN that are none's; results kept for a gradient or not."""
 
-    @jax.jit
-    def call(q, k, v, tables, starts, lens, d_out):
+    @functools.partial(jax.jit, static_argnames="aligned")
+    def call(q, k, v, tables, starts, lens, d_out, aligned=1):
         fill = lambda x: jnp.pad(x, ((0, 100), (0, 0), (0, 0)), constant_values=jnp.nan)  # noqa: E731
-        operands = fill(q), k, v, tables, starts, lens
-        out, saved = attention_forward.attention_saving(*operands, **options)
-        plain = attention_forward.attention(*operands, **options, max_query_len=length)
+        operands, promise = (fill(q), k, v, tables, starts, lens), {"query_alignment": aligned}
+        out, saved = attention_forward.attention_saving(*operands, **options, **promise)
+        plain = attention_forward.attention(*operands, **options, **promise, max_query_len=length)
         dq, dk, dv = attention_backward.attention(*operands, saved, fill(d_out), **options)
         return dq, dk, dv, out, plain
 
@@ -323,6 +325,18 @@ def _attention_bits(dim, options, compare, count=3, length=700):
             yield compare(f"{here}, kept", out, plain)
             none = [x[-100:] for x in (dq, out)]
             yield compare(f"{here}, of no sequence", none, [jnp.zeros_like(x) for x in none])
+    # Every sequence but the last filled up with rows after its own, whose gradient is zero.
+    place = np.arange(count * length) + np.arange(count * length) // length * (-length % GRADIENT_ROWS)
+    wide, x_d_out = (jnp.zeros((place[-1] + 1, *x.shape[1:]), x.dtype).at[place].set(x) for x in (q, d_out))
+    starts = jnp.minimum(starts // length * round_up(length, GRADIENT_ROWS), place[-1] + 1)
+    dq, dk, dv, out, plain = call(
+        wide, k, v, tables, starts, starts[1:] - starts[:-1], x_d_out, aligned=GRADIENT_ROWS
+    )
+    rows = np.s_[: count * length]
+    want = packed[0][rows], *packed[1:3], packed[3][rows], packed[4][rows]
+    yield compare(f"{what}, aligned", (dq[place], dk, dv, out[place], plain[place]), want)
+    none = [x[-100:] for x in (dq, out, plain)]
+    yield compare(f"{what}, aligned, of no sequence", none, [jnp.zeros_like(x) for x in none])
     other = np.asarray(tables[1]), np.asarray(tables[0])
     yield compare(f"{what}, another sequence", *(packed[1][pages] for pages in other), control=True)
 

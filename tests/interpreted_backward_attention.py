@@ -38,24 +38,30 @@ def indices(tables, counts, lens):
     return [jnp.asarray(x, jnp.int32) for x in (tables, starts, lens)]
 
 
-def gradients(q, pool, tables, counts, lens, d_out, **option):
+def gradients(q, pool, tables, counts, lens, d_out, alignment=1, **option):
     """(dq, dk, dv, result, and the result of the kernel that keeps nothing)"""
     options = OPTIONS | option
+    aligned = {"query_alignment": alignment}
 
     @jax.jit
     def call(q, k_pages, v_pages, tables, starts, lens):
         operands = q, k_pages, v_pages, tables, starts, lens
-        out, saved = kernel.attention_saving(*operands, **options)
-        plain = kernel.attention(*operands, **options, max_query_len=q.shape[0])
+        out, saved = kernel.attention_saving(*operands, **options, **aligned)
+        plain = kernel.attention(*operands, **options, **aligned, max_query_len=q.shape[0])
         return *backward.attention(*operands, saved, d_out, **options), out, plain
 
     with gpu_interpreter():
         return jax.block_until_ready(call(q, *pool, *indices(tables, counts, lens)))
 
 
-@pytest.mark.parametrize("widest", [query_tiles_sm90.WIDEST, 32])
-def test_a_sequence_has_the_same_gradients_alone_and_beside_nan(widest, monkeypatch):
-    """130 tokens on two pages behind 9 of NaN and 5 without keys, and alone on other pages; close to float64.
+@pytest.mark.parametrize(
+    ("widest", "before", "without_keys", "alignment"),
+    [(query_tiles_sm90.WIDEST, 9, 5, 1), (query_tiles_sm90.WIDEST, 64, 64, 64), (32, 9, 5, 1)],
+)
+def test_a_sequence_has_the_same_gradients_alone_and_beside_nan(
+    widest, before, without_keys, alignment, monkeypatch
+):
+    """130 tokens on two pages behind some of NaN and some without keys, and alone on other pages; close to float64.
 
     All rows of no sequence are NaN. A head_dim of 64 goes the way of 256 too.
     """
@@ -69,28 +75,30 @@ def test_a_sequence_has_the_same_gradients_alone_and_beside_nan(widest, monkeypa
 
     rows, d_rows = between(0, 90, q, d_out)
     alone = gradients(rows, pools([3, 1], k, v), [[3, 1]], [length], [length], d_rows)
-    rows, d_rows = between(14, 20, q, d_out)
-    tables, counts, lens = [[1, 0], [0, 0], [2, 3]], [9, 5, length], [9, 0, length]
-    packed = gradients(rows, pools([2, 3], k, v), tables, counts, lens, d_rows)
+    first = before + without_keys
+    rows, d_rows = between(first, 90, q, d_out)
+    tables, counts, lens = [[1, 0], [0, 0], [2, 3]], [before, without_keys, length], [before, 0, length]
+    packed = gradients(rows, pools([2, 3], k, v), tables, counts, lens, d_rows, alignment)
     compared, dead = 0, 0
     for got, want, ours, theirs in zip(
         packed,
         alone,
-        (np.s_[14:-20], [2, 3], [2, 3], np.s_[14:-20], np.s_[14:-20]),
+        (np.s_[first:-90], [2, 3], [2, 3], np.s_[first:-90], np.s_[first:-90]),
         (np.s_[:length], [3, 1], [3, 1], np.s_[:length], np.s_[:length]),
         strict=True,
     ):
         np.testing.assert_array_equal(bits(got)[ours], bits(want)[theirs])
         compared += bits(want)[theirs].size
     assert compared == (3 * length * 2 + 4 * 128) * head_dim
-    for dq, _, _, out, plain in (alone, packed):
+    for (dq, _, _, out, plain), none in ((alone, np.s_[:0]), (packed, np.s_[before:first])):
         np.testing.assert_array_equal(bits(out), bits(plain))
-        for x in (dq, out):
-            none = [x[length:]] if x.shape[0] == length + 90 else [x[9:14], x[-20:]]
-            assert not any(bits(rows).any() for rows in none)
-            dead += sum(rows.size for rows in none)
-    assert dead == 2 * (90 + 25) * 2 * head_dim
-    assert np.isnan(packed[0][:9]).all() and np.isnan(packed[1][1, :, :9]).all(), "its neighbour is NaN"
+        for rows in (dq[none], dq[-90:], out[none], out[-90:]):
+            assert not bits(rows).any()
+            dead += rows.size
+    assert dead == 2 * (90 + without_keys + 90) * 2 * head_dim
+    assert np.isnan(packed[0][:before]).all() and np.isnan(packed[1][1, :, :before]).all(), (
+        "its neighbour is NaN"
+    )
 
     def loss(q, k, v):
         scores = jnp.einsum("thd,shd->hts", q, jnp.repeat(k, 2, axis=1)) * OPTIONS["scale"]

@@ -268,3 +268,7 @@ def test_a_micro_batch_is_no_longer_than_it_must_be(lengths, limit, sizes):
     assert [len(micro.targets) for micro, _ in packed] == sizes
     assert [rows.stop - rows.start for _, where in packed for rows in where] == lengths
     assert sum(int(micro.scored.sum()) for micro, _ in packed) == sum(lengths) - len(lengths)
+    for micro, _ in packed:
+        batch = micro.batch
+        assert batch.query_alignment == 64
+        assert not (batch.query_start[:-1] % batch.query_alignment).any(), "what it promises to the kernels"

@@ -25,7 +25,46 @@ def test_interpreted():
         command, env=os.environ | {"NPROC": "8"}, timeout=590, check=False, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout
-    assert "3 passed" in run.stdout
+    assert "4 passed" in run.stdout
+
+
+CUTS = (
+    [512],
+    [64] * 8,
+    [512] + [0] * 7,
+    [64, 0, 192, 64, 0, 192, 0, 0],
+    [128, 128, 0, 0, 0, 0, 0, 70],
+    [0] * 8,
+)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("alignment", [1, 64, 128])
+def test_every_row_is_written_once(alignment, head_dim):
+    """By a tile of its own sequence, or as a row of none; with the most and the fewest tiles that a cut may need."""
+    tokens = 512
+    cut = jax.jit(queries.query_tiles, static_argnums=(2, 3, 4))
+    for lengths in map(np.array, CUTS):
+        if alignment == 128:
+            lengths[:-1] = lengths[:-1] // 128 * 128
+        start = np.concatenate([[0], np.cumsum(lengths)])
+        tiles = cut(
+            jnp.asarray(start, jnp.int32), jnp.asarray(lengths, jnp.int32), tokens, head_dim, alignment
+        )
+        in_rows = tiles.rows is None
+        assert in_rows == (alignment > 1 or len(lengths) == 1)
+        rows = np.arange(tokens) if in_rows else np.asarray(tiles.rows)
+        owner = np.searchsorted(start[1:], rows, side="right").reshape(-1, 64)
+        written = np.zeros(len(rows) // 64, int)
+        for part in range(tiles.tile // 64):
+            surplus = in_rows & (tiles.sequence == len(lengths) - 1)
+            at, count, there = queries.chunk_of(tiles.place, tiles.queries, part, len(rows), surplus)
+            chunk = np.asarray(at.start)[there] // 64
+            np.add.at(written, chunk, 1)
+            theirs = owner[chunk] == np.asarray(tiles.sequence)[there, None]
+            np.testing.assert_array_equal(theirs, np.arange(64) < np.asarray(count)[there, None])
+        needed = in_rows | (rows < start[-1]).reshape(-1, 64).any(axis=1)
+        np.testing.assert_array_equal(written, needed)
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 150])
@@ -85,6 +124,7 @@ def test_every_query_meets_the_keys_that_it_sees_once(window):
         (128, {"window": 200, "soft_cap": 30.0}),
         *(pytest.param(dim, {}, marks=pytest.mark.slow) for dim in (64, 96, 256)),
         pytest.param(256, {"window": 200, "soft_cap": 30.0}, marks=pytest.mark.slow),
+        *(pytest.param(dim, {"query_alignment": 64}, marks=pytest.mark.slow) for dim in (128, 256)),
     ],
     ids=str,
 )

@@ -55,6 +55,8 @@ class Batch:
     """Where each prompt's tokens start, counted from the first after the rows; the last entry is their number."""
     seq_lens: Int[HostOrDevice, " S"]
     """Keys that the last token of each prompt sees."""
+    query_alignment: int = dataclasses.field(default=1, metadata={"static": True})
+    """Every prompt's tokens start at a multiple of it: a promise to `attention`, part of the program."""
 
     @property
     def rows(self) -> int:
@@ -157,6 +159,7 @@ class Attention(nnx.Module):
                     batch.query_start,
                     batch.seq_lens,
                     max_query_len=prompt_tokens,
+                    query_alignment=batch.query_alignment,
                 )
             )
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)

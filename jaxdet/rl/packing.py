@@ -92,5 +92,6 @@ def _micro_batch(sequences: list[Sequence[int]], size: int) -> tuple[MicroBatch,
             where.append(slice(start, start + len(ids)))
         start, page = start + length, page + len(pages)
     none = np.zeros((0, tables.shape[1]), np.int32)
-    batch = Batch(tokens, positions, slots, none, np.zeros(0, np.int32), tables, query_start, seq_lens)
+    indices = none, np.zeros(0, np.int32), tables, query_start, seq_lens
+    batch = Batch(tokens, positions, slots, *indices, query_alignment=GRADIENT_ROWS)
     return MicroBatch(batch, targets, scored), where

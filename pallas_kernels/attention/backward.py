@@ -8,9 +8,9 @@ from pallas_kernels.backend import resolve
 
 def saving(static, *operands):
     """(attention's result, what its gradient needs besides the operands): nothing, save on Hopper."""
-    scale, window, soft_cap, max_query_len, backend = static
+    scale, window, soft_cap, max_query_len, query_alignment, backend = static
     operands = *operands[:3], *map(jnp.asarray, operands[3:])
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "query_alignment": query_alignment}
     module = registry.load("attention", backend)
     if resolve(backend) == "mosaic_gpu":
         return module.attention_saving(*operands, **options)
@@ -19,7 +19,7 @@ def saving(static, *operands):
 
 def attention(static, operands, saved, d_out):
     """Cotangents of (q, k_pages, v_pages, block_tables, query_start, seq_lens)."""
-    scale, window, soft_cap, _, backend = static
+    scale, window, soft_cap, _, _, backend = static
     tensors, indices = operands[:3], map(jnp.asarray, operands[3:])
     gradient = registry.load_backward("attention", backend).attention
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}

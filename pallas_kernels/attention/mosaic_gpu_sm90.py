@@ -9,7 +9,18 @@ from pallas_kernels.compat import require_hopper
 
 
 def attention(
-    q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap, max_query_len
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    query_start,
+    seq_lens,
+    *,
+    scale,
+    window,
+    soft_cap,
+    max_query_len,
+    query_alignment=1,
 ):
     """See `op.attention`; bfloat16 or float16, head_dim 64, 96, 128 or 256, pages of a multiple of 128 keys.
 
@@ -19,13 +30,27 @@ def attention(
     options = {"scale": float(scale), "window": window, "soft_cap": soft_cap}
     if max_query_len == 1:
         return decode(q, k_pages, v_pages, block_tables, seq_lens, **options)
+    options["query_alignment"] = query_alignment
     return prefill(q, k_pages, v_pages, block_tables, query_start, seq_lens, **options)
 
 
-def attention_saving(q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap):
+def attention_saving(
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    query_start,
+    seq_lens,
+    *,
+    scale,
+    window,
+    soft_cap,
+    query_alignment=1,
+):
     """(`attention` to the last bit, be it of one query a sequence or many; what its gradient needs besides)"""
     _check(q, k_pages, v_pages)
     options = {"scale": float(scale), "window": window, "soft_cap": soft_cap}
+    options["query_alignment"] = query_alignment
     return prefill_saving(q, k_pages, v_pages, block_tables, query_start, seq_lens, **options)
 
 

@@ -20,6 +20,7 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     max_query_len: int,
+    query_alignment: int = 1,
     backend: str | None = None,
 ) -> Float[Array, "T Hq D"]:
     """softmax(scale · q·kᵀ) · v per query, in segments of fixed absolute position merged in ascending order.
@@ -50,6 +51,9 @@ def attention(
         window: a query sees the last `window` keys, itself included.
         soft_cap: scores become soft_cap · tanh(s / soft_cap) (Gemma).
         max_query_len: static bound on the queries of one sequence; 1 means decode.
+        query_alignment: static promise that every sequence begins at a multiple of so many rows of `q`: all entries of
+            `query_start` but the last, those of empty sequences too. It touches no bit; broken, it gives wrong values,
+            unnoticed. With a multiple of 64 "mosaic_gpu" takes the rows of prompts, and of gradients, where they are.
         backend: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
     Returns:
@@ -62,13 +66,13 @@ def attention(
         ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
         NotImplementedError: the backend has no such kernel.
     """
-    static = scale, window, soft_cap, max_query_len, backend
+    static = scale, window, soft_cap, max_query_len, query_alignment, backend
     return _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens)
 
 
 @with_gradient(backward.attention, saving=backward.saving)
 def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens):
-    scale, window, soft_cap, max_query_len, backend = static
+    scale, window, soft_cap, max_query_len, query_alignment, backend = static
     return registry.load("attention", backend).attention(
         q,
         k_pages,
@@ -80,4 +84,5 @@ def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens)
         window=window,
         soft_cap=soft_cap,
         max_query_len=max_query_len,
+        query_alignment=query_alignment,
     )

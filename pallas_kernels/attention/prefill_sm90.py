@@ -32,9 +32,11 @@ def prefill_saving(q, k_pages, v_pages, tables, query_start, lens, **options):
     return _prefill(q, k_pages, v_pages, tables, query_start, lens, with_lse=True, **options)
 
 
-def _prefill(q, k_pages, v_pages, tables, query_start, lens, *, with_lse, scale, window, soft_cap):
+def _prefill(
+    q, k_pages, v_pages, tables, query_start, lens, *, with_lse, scale, window, soft_cap, query_alignment
+):
     tokens, _, dim = q.shape
-    tiles = query_tiles(query_start, lens, tokens, dim)
+    tiles = query_tiles(query_start, lens, tokens, dim, query_alignment)
     q = to_tiles(q, tiles)
     call = _kernel(
         q.shape, k_pages.shape, tiles.shape, q.dtype, scale, window, soft_cap, with_lse, interpreting()

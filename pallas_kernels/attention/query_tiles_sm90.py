@@ -2,7 +2,7 @@
 
 In "tile space" every sequence's queries begin at a multiple of ROWS, where TMA and a warpgroup can take and leave them.
 So no chunk of ROWS rows has two sequences, and a query's place in its tile depends on its sequence alone. The rows
-themselves are tile space where there is one sequence.
+themselves are tile space where there is one sequence, or the caller promises that they are aligned so.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arrays import round_up
 from pallas_kernels.attention.online_softmax_sm90 import ROWS
-from pallas_kernels.attention.tiles import tiles
+from pallas_kernels.attention.tiles import most_tiles, tiles
 from pallas_kernels.compat import pl
 
 WIDEST = 128
@@ -49,15 +49,18 @@ class QueryTiles:
         return self.tile, len(self.sequence), len(self.begin), self.rows is None
 
 
-def query_tiles(query_start, seq_lens, tokens: int, head_dim: int) -> QueryTiles:
-    """The tiles of `tokens` rows."""
+def query_tiles(query_start, seq_lens, tokens: int, head_dim: int, alignment: int = 1) -> QueryTiles:
+    """The tiles of `tokens` rows; every sequence begins at a multiple of `alignment`, see `op.attention`."""
     sequences, tile = seq_lens.shape[0], ROWS if head_dim > WIDEST else 2 * ROWS
     lengths = query_start[1:] - query_start[:-1]
-    filled = -(-lengths // ROWS)
-    ends = jnp.cumsum(filled).astype(jnp.int32)
-    begin, rows, where = ends - filled, None, None
-    chunks = -(-tokens // ROWS) + sequences - 1
-    if sequences > 1:
+    if sequences == 1 or alignment % ROWS == 0:
+        begin, rows, where = query_start[:-1] // ROWS, None, None
+        alignment = ROWS
+    else:
+        filled = -(-lengths // ROWS)
+        ends = jnp.cumsum(filled).astype(jnp.int32)
+        begin = ends - filled
+        chunks = -(-tokens // ROWS) + sequences - 1
         chunk = jnp.arange(chunks, dtype=jnp.int32)
         owner = jnp.minimum(jnp.sum(chunk[:, None] >= ends, axis=1, dtype=jnp.int32), sequences - 1)
         at = (chunk - begin[owner])[:, None] * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
@@ -66,7 +69,7 @@ def query_tiles(query_start, seq_lens, tokens: int, head_dim: int) -> QueryTiles
         owner = jnp.sum(at[:, None] >= query_start[1:], axis=1, dtype=jnp.int32)
         place = (begin * ROWS - query_start[:-1])[jnp.minimum(owner, sequences - 1)] + at
         where = jnp.where(owner < sequences, place, chunks * ROWS)
-    sequence, start = tiles(query_start, tile, -(-tokens // tile) + sequences - 1)
+    sequence, start = tiles(query_start, tile, most_tiles(tokens, tile, sequences, alignment))
     queries = lengths[sequence] - start
     return QueryTiles(
         sequence,

@@ -1,5 +1,7 @@
 """Cuts the queries of several sequences into tiles of one sequence each."""
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -20,3 +22,10 @@ def tiles(
     seq = jnp.minimum(jnp.sum(index[:, None] >= ends[None], axis=1), lengths.shape[0] - 1).astype(jnp.int32)
     begin = jnp.where(seq > 0, ends[jnp.maximum(seq - 1, 0)], 0)
     return seq, ((index - begin) * tile).astype(jnp.int32)
+
+
+def most_tiles(tokens: int, tile: int, sequences: int, alignment: int = 1) -> int:
+    """So many tiles cover `tokens` rows, however they are cut into sequences that begin at multiples of `alignment`."""
+    step = math.gcd(tile, alignment)
+    steps, per_tile = -(-tokens // step), tile // step
+    return (steps + min(sequences, steps) * (per_tile - 1)) // per_tile

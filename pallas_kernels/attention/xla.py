@@ -24,9 +24,20 @@ ROW_FREE_MAX_DIM = 256  # above 256 columns XLA splits a dot's k when rows are f
 
 
 def attention(
-    q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap, max_query_len
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    query_start,
+    seq_lens,
+    *,
+    scale,
+    window,
+    soft_cap,
+    max_query_len,
+    query_alignment=1,
 ):
-    """See `op.attention`."""
+    """See `op.attention`; `query_alignment` is of no use here."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
     free = rows_are_free() and dim <= ROW_FREE_MAX_DIM
