@@ -1,16 +1,22 @@
 """Hopper sampling without a GPU: interpreted against the xla backend and itself, lowered for CUDA."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdet.verify.hlo import lint
 from pallas_kernels.compat import gpu_interpreter
+from pallas_kernels.sample import backward_sm90 as backward
 from pallas_kernels.sample import mosaic_gpu_sm90 as kernel
 from pallas_kernels.sample import xla
-from pallas_kernels.sample.op import SamplingRows
+from pallas_kernels.sample.chunks_sm90 import CHUNK
+from pallas_kernels.sample.logprobs_sm90 import log_sum_exp
+from pallas_kernels.sample.op import SamplingRows, token_logprobs
 
 ROWS, VOCAB = 4, 8300  # two chunks
 
@@ -57,3 +63,107 @@ def test_tokens_are_the_xla_backends_and_rows_are_independent():
 def test_sampling_lowers_for_cuda():
     logits = jax.ShapeDtypeStruct((3, 151936), jnp.float32)
     jax.jit(kernel.sample).trace(logits, _rows(3)).lower(lowering_platforms=("cuda",))
+
+
+IDS = jnp.array([0, VOCAB - 1, CHUNK, 4000], jnp.int32)
+
+
+def _bits(x):
+    return np.asarray(x).view(np.uint32)
+
+
+def _in_company(logits):
+    """The rows after others: with a NaN, with +inf, all −inf, with 1e30."""
+    hostile = logits.at[:2, 5].set(jnp.array([jnp.nan, jnp.inf])).at[2].set(-jnp.inf).at[3, 5].set(1e30)
+    return jnp.concatenate([hostile, logits])
+
+
+@pytest.mark.interpret
+def test_a_rows_normaliser_is_its_own():
+    logits = _logits()
+    call = jax.jit(log_sum_exp)
+    with gpu_interpreter():
+        alone = [call(logits[i : i + 1]) for i in range(ROWS)]
+        beside = call(_in_company(logits))
+        swapped = call(jnp.roll(logits, 1000, axis=1))
+        banned = jnp.concatenate([logits[:, :CHUNK], jnp.full((ROWS, VOCAB - CHUNK), -jnp.inf)], axis=1)
+        shorter, banned = call(logits[:, :CHUNK]), call(banned)
+    alone = [jnp.concatenate(values) for values in zip(*alone, strict=True)]
+    for got, want in zip(beside, alone, strict=True):
+        np.testing.assert_array_equal(_bits(got[-ROWS:]), _bits(want))
+    np.testing.assert_array_equal(np.isfinite(beside[1])[:, 0], [False] * 3 + [True] * (1 + ROWS))
+    assert (_bits(swapped[1]) != _bits(alone[1])).any(), "the comparison would see another order"
+    np.testing.assert_array_equal(_bits(banned[1]), _bits(shorter[1]))
+    wide = np.asarray(logits, np.float64)
+    exact = np.log(np.exp(wide).sum(axis=1))
+    np.testing.assert_allclose((alone[0] + alone[1])[:, 0], exact, rtol=3e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_logprobs_and_ranks_are_the_xla_backends():
+    logits = _logits()
+    with gpu_interpreter():
+        ours = jax.jit(functools.partial(token_logprobs, top=3, backend="mosaic_gpu"))(logits, IDS)
+    theirs = jax.jit(functools.partial(token_logprobs, top=3))(logits, IDS)
+    for got, want in zip(ours[::2], theirs[::2], strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    for got, want in zip(ours[1::2], theirs[1::2], strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.interpret
+def test_a_logprobs_gradient_is_its_rows_own_and_close_to_float64():
+    logits, d = _logits()[:, :-2], jnp.array([1.0, -0.3, 0.0, 1e-3])  # a length that is filled up
+    ids = jnp.minimum(IDS, logits.shape[1] - 1)
+
+    @jax.jit
+    def gradient(logits, ids, d):
+        values, saved = backward.forward(kernel, logits, ids, top=1)
+        return values[0], backward.token_logprobs(logits, ids, saved, d)
+
+    with gpu_interpreter():
+        values, found = gradient(logits, ids, d)
+        plain = jax.jit(functools.partial(kernel.token_logprobs, top=1))(logits, ids)[0]
+        beside = gradient(_in_company(logits), jnp.tile(ids, 2), jnp.tile(d, 2))[1]
+    np.testing.assert_array_equal(_bits(values), _bits(plain))
+    np.testing.assert_array_equal(_bits(beside[-ROWS:]), _bits(found))
+    dead = beside[jnp.tile(d, 2) == 0]
+    assert (_bits(dead) == 0).all(), "rows without a gradient are zero, whatever their logits"
+    assert np.isnan(beside[:2]).all(), "the comparison sees the hostile rows"
+    with jax.enable_x64(True):
+        wide = jnp.asarray(np.asarray(logits, np.float64))
+        loss = lambda x: jnp.sum(jax.nn.log_softmax(x)[jnp.arange(ROWS), np.asarray(ids)] * np.asarray(d))  # noqa: E731
+        exact = np.asarray(jax.grad(loss)(wide))
+    np.testing.assert_allclose(found, exact, rtol=3e-6, atol=1e-12)
+
+
+def _trained(logits, ids, d, *, backend):
+    """(logprobs, their gradient), as a trainer asks for them."""
+    value, pull = jax.vjp(lambda x: token_logprobs(x, ids, top=1, backend=backend)[0], logits)
+    return value, pull(d)
+
+
+def test_logprobs_lower_for_cuda_and_are_pinned():
+    logits, ids, d = (
+        jax.ShapeDtypeStruct((3, *s), t) for s, t in (((151936,), "f4"), ((), "i4"), ((), "f4"))
+    )
+    score = functools.partial(token_logprobs, top=20, backend="mosaic_gpu")
+    train = functools.partial(_trained, backend="mosaic_gpu")
+    for f, operands, kernels in ((score, (logits, ids), 1), (train, (logits, ids, d), 2)):
+        lowered = jax.jit(f).trace(*operands).lower(lowering_platforms=("cuda",))
+        report = lint({"logprobs": lowered.as_text("hlo", debug_info=True)}, "mosaic_gpu")
+        assert report.ok, report.findings
+        (program,) = report.programs.values()
+        assert sum(op.target.startswith("mosaic_gpu") for op in program.ops) == kernels
+
+
+def test_a_trainer_pays_for_no_rank_and_no_top():
+    """Both are results of the op; XLA leaves out what nobody asks for."""
+    logits, ids, d = jnp.zeros((3, 2000)), jnp.zeros(3, jnp.int32), jnp.ones(3)
+    train, score = functools.partial(_trained, backend="xla"), functools.partial(token_logprobs, top=1)
+    program = str(jax.jit(train).lower(logits, ids, d).compile().as_text())
+    whole = str(jax.jit(score).lower(logits, ids).compile().as_text())
+    for op in ("topk", "compare.*direction=GT"):
+        assert not re.search(op, program, re.IGNORECASE), op
+        assert re.search(op, whole, re.IGNORECASE), op

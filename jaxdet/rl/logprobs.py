@@ -18,8 +18,9 @@ from pallas_kernels.numerics import GRADIENT_ROWS, PAGE_SIZE
 from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import token_logprobs
 
-HEAD_ROWS = 512
-"""Rows of logits alive at once, a multiple of GRADIENT_ROWS: each block of them reads the whole LM head."""
+HEAD_ROWS = {"xla": 512, "mosaic_gpu": 2048, "mosaic_tpu": 512}
+"""Most rows of logits alive at once: each block of them reads the whole LM head, and reads and writes the float32 sum
+of its gradient, which takes Hopper longer than the product of 512 rows."""
 
 
 def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Float[Array, " T"]:
@@ -58,7 +59,9 @@ def _head_backward(static, operands, d_logprob):
 
         return jax.vjp(block, sum, hidden)[1](d_logprob)
 
-    total, d_hidden = over_rows(chunk, sum_so_far(head), hidden, targets, d_logprob, size=_block_size(hidden))
+    total, d_hidden = over_rows(
+        chunk, sum_so_far(head), hidden, targets, d_logprob, size=_block_size(hidden, static[1])
+    )
     return cotangent(head, total), d_hidden, None
 
 
@@ -67,8 +70,11 @@ def _head_logprobs(static, head, hidden, targets):
     def block(_, *rows):
         return None, _block(static, value_of(head), *rows)
 
-    return over_rows(block, None, hidden, targets, size=_block_size(hidden))[1]
+    return over_rows(block, None, hidden, targets, size=_block_size(hidden, static[1]))[1]
 
 
-def _block_size(hidden) -> int:
-    return min(HEAD_ROWS, round_up(hidden.shape[0], GRADIENT_ROWS))
+def _block_size(hidden, backend) -> int:
+    """Rows of equal blocks, as few blocks as may be."""
+    rows = hidden.shape[0]
+    blocks = -(-rows // HEAD_ROWS[backend])
+    return round_up(-(-rows // blocks), GRADIENT_ROWS)

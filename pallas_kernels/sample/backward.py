@@ -1,19 +1,16 @@
-"""Gradient of a token's log-probability: d logits = (one-hot − softmax) · d logprob, a chunk of rows at a time."""
+"""Gradient of a token's log-probability; the pass over the logits is in `backward_xla` and `backward_sm90`."""
 
-import jax.numpy as jnp
-
-from pallas_kernels.reduce import log_sum_exp, pin
-from pallas_kernels.rows import over_rows
+from pallas_kernels import registry
 
 
-def token_logprobs(static, operands, cotangents):
+def forward(static, logits, ids):
+    """(`op.token_logprobs`' results, what its gradient wants of them)."""
+    top, backend = static
+    kernel = registry.load("sample", backend)
+    return registry.load_backward("sample", backend).forward(kernel, logits, ids, top=top)
+
+
+def token_logprobs(static, operands, saved, cotangents):
     """Cotangents of (logits, ids); what is returned of the `top` largest has none."""
-    logits, ids = operands
-
-    def chunk(_, logits, ids, d_logprob):
-        peak, total = log_sum_exp(logits)
-        probs = pin(jnp.exp(pin(pin(logits - peak) - total)))
-        chosen = jnp.arange(logits.shape[1], dtype=jnp.int32)[None] == ids[:, None]
-        return None, pin((jnp.where(chosen, 1.0, 0.0) - probs) * d_logprob[:, None])
-
-    return over_rows(chunk, None, logits, ids, cotangents[0])[1], None
+    _, backend = static
+    return registry.load_backward("sample", backend).token_logprobs(*operands, saved, cotangents[0]), None

@@ -6,11 +6,10 @@ ordered bits of x, four bits a launch. Each launch sums, over the elements above
 lies above the range that is left was summed before; within it a thread adds its elements of a chunk in ascending id,
 Mosaic's tree adds 128 threads, another one adds chunks.
 
-x = logit · (1 / temperature), rounded; noise and ties as `op.sample` says; logprobs are XLA's program.
+x = logit · (1 / temperature), rounded; noise and ties as `op.sample` says.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +17,28 @@ from jax import lax
 
 from pallas_kernels.compat import add_rounded, interpreting, pl, plgpu, require_hopper
 from pallas_kernels.reduce import pin
+from pallas_kernels.sample.chunks_sm90 import (
+    CHUNK,
+    LOADS,
+    LOG2_E,
+    PIECE,
+    VECTOR,
+    aligned,
+    chunks_of,
+    full,
+    load_piece,
+    vector,
+)
 from pallas_kernels.sample.int32 import HIGHEST, LOWEST, from_key, gumbel, noise_keys
-from pallas_kernels.sample.xla import INT32_MAX, token_logprobs
+from pallas_kernels.sample.logprobs_sm90 import token_logprobs
+from pallas_kernels.sample.xla import INT32_MAX
 
 __all__ = ["sample", "token_logprobs"]
 
-PIECE = 512
-LOADS = 4
-CHUNK = 4 * LOADS * PIECE
 SLOTS, SUMS, STEPS = 16, 128, 8
 ABOVE, TIED, ALL = 0, 1, SLOTS - 1
-LOG2_E = math.log2(math.e)
 NOISE_MAX = 17.0
 """Above every Gumbel value: −log(−log(1 − 2^−24)) = 16.64."""
-VECTOR = plgpu.Layout.WG_STRIDED((PIECE,), vec_size=4)
 TABLE = plgpu.Layout.TILED(plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
@@ -39,10 +46,8 @@ def sample(logits, rows):
     """See `op.sample`."""
     require_hopper("sample")
     vocab = logits.shape[1]
-    if pad := max(PIECE - vocab, -vocab % 4):
-        logits = jnp.pad(logits, ((0, 0), (0, pad)), constant_values=-jnp.inf)
-    chunks = -(-logits.shape[1] // CHUNK)
-    if chunks > SUMS:
+    logits = aligned(logits)
+    if chunks_of(logits.shape[1]) > SUMS:
         raise ValueError(f"sample: {vocab} tokens; mosaic_gpu takes up to {SUMS * CHUNK}; use backend='xla'")
     best, first = _kernel(logits.shape, "peak", interpreting=interpreting())(logits)
     peak = jnp.max(best, axis=1)
@@ -97,15 +102,6 @@ def _earliest(best, ids):
     return jnp.where(found == INT32_MAX, 0, found)
 
 
-def _vector(value):
-    """A scalar in every element."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(value, (PIECE,), []), VECTOR)
-
-
-def _full(value, dtype=jnp.float32):
-    return plgpu.layout_cast(jnp.full((PIECE,), value, dtype), VECTOR)
-
-
 def _sweep(x_g, row, chunk, visit, state):
     """`visit(x, ids, state)` over the pieces of a chunk, ids ascending; past the row's end x is −inf."""
     vocab = x_g.shape[1]
@@ -115,9 +111,7 @@ def _sweep(x_g, row, chunk, visit, state):
         pieces = []
         for j in range(LOADS):
             wanted = begin + j * PIECE
-            start = jnp.minimum(wanted, vocab - PIECE)  # the last pieces overlap, masked
-            x = plgpu.load(x_g.at[row, pl.ds(start, PIECE)], layout=VECTOR)
-            ids = plgpu.broadcasted_iota(jnp.int32, (PIECE,), 0, layout=VECTOR) + start
+            _, x, ids = load_piece(x_g, row, wanted)
             pieces.append((jnp.where(ids >= wanted, x, -jnp.inf), ids))
         return visit(pieces, state)
 
@@ -139,7 +133,7 @@ def _better(value, ids, state):
 def _write_best(best, first, value, best_g, first_g, row, chunk):
     """`value`'s largest, which is `best`'s unless a NaN is among it, and the lowest id of `best`'s."""
     best_g[row, chunk] = jnp.max(value)
-    earliest = jnp.where(best == _vector(jnp.max(best)), first, jnp.int32(INT32_MAX))
+    earliest = jnp.where(best == vector(jnp.max(best)), first, jnp.int32(INT32_MAX))
     first_g[row, chunk] = jnp.min(earliest)
 
 
@@ -151,7 +145,7 @@ def _kernel(shape, step, weigh=False, interpreting=False):
 
 
 def _launch(body, shape, out_type, scratch=(), *, per_row=False, approximate=True):
-    chunks = 1 if per_row else -(-shape[1] // CHUNK)
+    chunks = 1 if per_row else chunks_of(shape[1])
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -163,7 +157,7 @@ def _launch(body, shape, out_type, scratch=(), *, per_row=False, approximate=Tru
 
 
 def _per_chunk(shape):
-    size = shape[0], -(-shape[1] // CHUNK)
+    size = shape[0], chunks_of(shape[1])
     return jax.ShapeDtypeStruct(size, jnp.float32), jax.ShapeDtypeStruct(size, jnp.int32)
 
 
@@ -180,7 +174,7 @@ def _peak(shape, _weigh, _last):
                 largest = jnp.maximum(largest, x)  # a NaN stays
             return best, first, largest
 
-        state = _full(-jnp.inf), _full(INT32_MAX, jnp.int32), _full(-jnp.inf)
+        state = full(-jnp.inf), full(INT32_MAX, jnp.int32), full(-jnp.inf)
         best, first, largest = _sweep(x_g, row, chunk, visit, state)
         _write_best(best, first, largest, best_g, first_g, row, chunk)
 
@@ -196,7 +190,7 @@ def _totals(sums_g, row, chunks, totals_s):
 
 
 def _weights(x, keep, peak, weigh):
-    weight = jnp.exp2(add_rounded(x, -peak, VECTOR) * LOG2_E) if weigh else _full(1)
+    weight = jnp.exp2(add_rounded(x, -peak, VECTOR) * LOG2_E) if weigh else full(1)
     return jnp.where(keep, weight, 0.0)
 
 
@@ -206,7 +200,7 @@ def _narrow(shape, weigh, last):
     `base` is the sum above high: what a launch sums is only the elements whose keys lie in [low, high], and most
     pieces soon hold none.
     """
-    chunks = -(-shape[1] // CHUNK)
+    chunks = chunks_of(shape[1])
     thresholds = 1 if last else SLOTS - 1
 
     def sample_narrow(x_g, scale_g, peak_g, floor_g, edge_g, cut_g, active_g, target_g, step_g, *rest):
@@ -238,13 +232,13 @@ def _narrow(shape, weigh, last):
                 low_o[row], high_o[row], base_o[row], limit_o[row] = low, high, base, limit
 
             width = lax.shift_right_logical(high - low, jnp.int32(4)) + 1
-            edges = [from_key(_vector(low + (j + 1) * width - 1)) for j in range(thresholds)]
-            bottom, top = from_key(_vector(low)), from_key(_vector(high))
-            scale, peak, floor = (_vector(ref[row]) for ref in (scale_g, peak_g, floor_g))
-            edge, cut = _vector(edge_g[row]), _vector(cut_g[row])
+            edges = [from_key(vector(low + (j + 1) * width - 1)) for j in range(thresholds)]
+            bottom, top = from_key(vector(low)), from_key(vector(high))
+            scale, peak, floor = (vector(ref[row]) for ref in (scale_g, peak_g, floor_g))
+            edge, cut = vector(edge_g[row]), vector(cut_g[row])
 
             def visit(pieces, state):
-                found = _full(0)
+                found = full(0)
                 for logit, _ in pieces:
                     x = logit * scale
                     found = jnp.where((x >= bottom) & (x <= top), 1.0, found)
@@ -263,7 +257,7 @@ def _narrow(shape, weigh, last):
                 return lax.cond(jnp.max(found) > 0, add, lambda *same: same, *state)
 
             slots = (ABOVE, TIED, ALL) if last else range(SLOTS)
-            sums = _sweep(x_g, row, chunk, visit, (_full(0),) * len(slots))
+            sums = _sweep(x_g, row, chunk, visit, (full(0),) * len(slots))
             for slot, total in zip(slots, sums, strict=True):
                 sums_o[row, slot, chunk] = jnp.sum(total)
 
@@ -275,7 +269,7 @@ def _narrow(shape, weigh, last):
 
 def _cut(shape, weigh, _last):
     """The edge as a float, and the last id that is kept of the elements equal to it."""
-    chunks = -(-shape[1] // CHUNK)
+    chunks = chunks_of(shape[1])
 
     def sample_cut(x_g, scale_g, peak_g, floor_g, edge_g, cut_g, active_g, target_g, *rest):
         low_g, base_g, limit_g, sums_g, edge_o, cut_o, totals_s = rest
@@ -290,9 +284,9 @@ def _cut(shape, weigh, _last):
             _totals(sums_g, row, chunks, totals_s)
             above, tied = base_g[row] + totals_s[ABOVE], totals_s[TIED].astype(jnp.int32)
             limit = limit_g[row]
-            scale, peak, floor = (_vector(ref[row]) for ref in (scale_g, peak_g, floor_g))
-            before, before_cut = _vector(edge_g[row]), _vector(cut_g[row])
-            edge = from_key(_vector(low_g[row]))
+            scale, peak, floor = (vector(ref[row]) for ref in (scale_g, peak_g, floor_g))
+            before, before_cut = vector(edge_g[row]), vector(cut_g[row])
+            edge = from_key(vector(low_g[row]))
             edge_o[row] = jnp.max(edge)
             each = jnp.max(_weights(edge, edge == edge, peak, weigh))
 
@@ -308,7 +302,7 @@ def _cut(shape, weigh, _last):
                 def halve(_, bounds):
                     low, high = bounds
                     middle = (low + high) >> 1
-                    upto = _vector(middle)
+                    upto = vector(middle)
 
                     def each_chunk(chunk, total):
                         def visit(pieces, total):
@@ -320,7 +314,7 @@ def _cut(shape, weigh, _last):
 
                         return _sweep(x_g, row, chunk, visit, total)
 
-                    found = jnp.sum(lax.fori_loop(0, chunks, each_chunk, _full(0)))
+                    found = jnp.sum(lax.fori_loop(0, chunks, each_chunk, full(0)))
                     enough = found >= count.astype(jnp.float32)
                     return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
@@ -343,9 +337,9 @@ def _draw(shape, _weigh, _last):
 
         @pl.when(active_g[row] != 0)
         def _():
-            scale, floor = _vector(scale_g[row]), _vector(floor_g[row])
-            edges = [(_vector(e[row]), _vector(c[row])) for e, c in ((edge_g, cut_g), (edge2_g, cut2_g))]
-            key = _vector(k0_g[row]), _vector(k1_g[row])
+            scale, floor = vector(scale_g[row]), vector(floor_g[row])
+            edges = [(vector(e[row]), vector(c[row])) for e, c in ((edge_g, cut_g), (edge2_g, cut2_g))]
+            key = vector(k0_g[row]), vector(k1_g[row])
 
             def visit(pieces, state):
                 kept = []
@@ -365,7 +359,7 @@ def _draw(shape, _weigh, _last):
                     chance = jnp.where(x + NOISE_MAX > state[0], 1.0, chance)
                 return lax.cond(jnp.max(chance) > 0, draw, lambda *same: same, *state)
 
-            best, first = _sweep(x_g, row, chunk, visit, (_full(-jnp.inf), _full(INT32_MAX, jnp.int32)))
+            best, first = _sweep(x_g, row, chunk, visit, (full(-jnp.inf), full(INT32_MAX, jnp.int32)))
             _write_best(best, first, best, best_g, first_g, row, chunk)
 
     return _launch(sample_draw, shape, _per_chunk(shape), approximate=False)

@@ -118,7 +118,7 @@ def token_logprobs(
     return _token_logprobs((top, backend), logits, ids)
 
 
-@with_gradient(backward.token_logprobs)
+@with_gradient(backward.token_logprobs, saving=backward.forward)
 def _token_logprobs(static, logits, ids):
     top, backend = static
     return registry.load("sample", backend).token_logprobs(logits, ids, top=top)

@@ -19,7 +19,11 @@ def sample(logits, rows):
 
 def token_logprobs(logits, ids, *, top):
     """See `op.token_logprobs`."""
-    peak, total = log_sum_exp(logits)
+    return normalised(logits, ids, *log_sum_exp(logits), top=top)
+
+
+def normalised(logits, ids, peak, total, *, top):
+    """`token_logprobs` from the logits' largest and the log of the sum of exp(logit − largest), [M, 1] each."""
     normalise = lambda values: pin(pin(values - peak) - total)  # noqa: E731
     own = jnp.take_along_axis(logits, ids[:, None], axis=1)
     column = jnp.arange(logits.shape[1], dtype=jnp.int32)
