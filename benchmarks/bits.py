@@ -15,10 +15,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tune_matmul import unlike
 
 from jaxdet.engine.step import Step
-from jaxdet.testing import QWEN3_8B, random_model
+from jaxdet.rl import GradientSums, accumulate, pack
+from jaxdet.rl.logprobs import HEAD_ROWS
+from jaxdet.testing import COMMON, FAMILIES, QWEN3_8B, random_model
 from jaxdet.verify.cases import step_cases
 from jaxdet.verify.probe import MODEL_LEN, Probe
 from pallas_kernels.attention import mosaic_gpu_sm90 as attention
@@ -30,7 +33,7 @@ from pallas_kernels.rope_cache import xla as rope_cache_xla
 from pallas_kernels.rope_cache.op import rope_table
 from pallas_kernels.sample import mosaic_gpu_sm90 as sample
 from pallas_kernels.sample import xla as sample_xla
-from pallas_kernels.sample.op import SamplingRows
+from pallas_kernels.sample.op import SamplingRows, token_logprobs
 
 HOSTILE = jnp.array([jnp.nan, jnp.inf, 1e30, -jnp.inf], jnp.bfloat16)
 
@@ -232,6 +235,82 @@ def draw(vocab: int, count: int):
     }
 
 
+def logprobs(vocab: int, count: int):
+    """The op's results and its gradient by the logits; every seventh row has none."""
+    logits, rng = jax.random.normal(jax.random.key(0), (count, vocab)) * 3, np.random.default_rng(0)
+    ids = rng.integers(0, vocab, count).astype(np.int32)
+    d = np.where(np.arange(count) % 7 == 3, 0, rng.standard_normal(count)).astype(np.float32)
+
+    @jax.jit
+    def call(logits, ids, d):
+        found = token_logprobs(logits, ids, top=5, backend="mosaic_gpu")
+        ours = lambda x: token_logprobs(x, ids, top=1, backend="mosaic_gpu")[0]  # noqa: E731
+        trained, pull = jax.vjp(ours, logits)
+        return *found, trained, pull(d)[0]
+
+    def run(logits, rows):
+        return [np.asarray(x) for x in call(logits, ids[rows], d[rows])]
+
+    tally, whole = Tally(), run(logits, np.arange(count))
+    tally(whole[4], whole[0])  # the trainer's and the sampler's
+    for rows in (np.array([0]), np.array([count - 1]), np.arange(17, 80), rng.permutation(count)):
+        for got, want in zip(run(logits[rows], rows), whole, strict=True):
+            tally(got, want[rows])
+    hostile = logits.at[::2, 5].set(jnp.resize(HOSTILE.astype(jnp.float32), (len(logits[::2]),)))
+    beside = run(hostile.at[::4].set(jnp.nan), np.arange(count))
+    for got, want in zip(beside, whole, strict=True):
+        tally(got[1::2], want[1::2])
+    dead = beside[-1][d == 0]
+    tally(dead, np.zeros_like(dead))
+    rolled = np.asarray(
+        jax.jit(lambda x, ids: token_logprobs(x, ids, top=1, backend="mosaic_gpu")[0])(
+            jnp.roll(logits, 1000, axis=1), (ids + 1000) % vocab
+        )
+    )
+    wide, at = np.asarray(logits[:32], np.float64), np.arange(32)
+    probs = np.exp(wide - wide.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    chosen = np.arange(vocab) == ids[:32, None]
+    theirs = jax.jit(functools.partial(token_logprobs, top=5, backend="xla"))(logits, ids)
+    return tally.row(
+        op="logprobs",
+        V=vocab,
+        M=count,
+        error=error(whole[0][:32], np.log(probs[at, ids[:32]])),
+        gradient_error=error(whole[-1][:32], (chosen - probs) * d[:32, None]),
+        control_differs=int((rolled != whole[0]).sum()),
+    ) | {"ranks and ids unlike xla's": sum(int((whole[i] != theirs[i]).sum()) for i in (1, 3))}
+
+
+def head_blocks():
+    """Logprobs and gradient sums of 5000 tokens, the LM head in blocks of 2048, 512 and 64 rows of logits at most."""
+    shape = {"head_dim": 64, "hidden_size": 256, "num_hidden_layers": 1, "vocab_size": 16384}
+    config = {"model_type": "qwen3"} | COMMON | FAMILIES["qwen3"] | shape
+    model = random_model(config, dtype=jnp.bfloat16, backend="mosaic_gpu", max_model_len=4096)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    rng = np.random.default_rng(0)
+    micro, _ = pack([rng.integers(0, 16384, n).tolist() for n in (3000, 1000, 5, 900)], 5120)[0]
+    weights = rng.standard_normal(micro.targets.shape).astype(np.float32)
+
+    def run(most, weights):
+        def step(params, weights):
+            objective = lambda values, _: (jnp.sum(values * weights), values)  # noqa: E731
+            return accumulate(nnx.merge(graph, params, rest), GradientSums.zeros(params), micro, objective)
+
+        HEAD_ROWS["mosaic_gpu"] = most
+        return jax.tree.leaves(jax.jit(step)(params, weights))
+
+    tally, usual = Tally(), HEAD_ROWS["mosaic_gpu"]
+    whole = run(usual, weights)
+    for most in (512, 64):
+        for got, want in zip(run(most, weights), whole, strict=True):
+            tally.compared += got.size
+            tally.differ += int(unlike(got, want))
+    control = sum(int(unlike(*pair)) for pair in zip(run(usual, weights + 1), whole, strict=True))
+    HEAD_ROWS["mosaic_gpu"] = usual
+    return tally.row(op="LM head in blocks", blocks=[usual, 512, 64], control_differs=control)
+
+
 def xla_step(dtype: str):
     """Two layers of Qwen3-8B's shape on the xla backend: the step cases of `jaxdet verify`."""
     model = random_model(
@@ -292,6 +371,12 @@ SECTIONS = {
         )
     ],
     "sample": [functools.partial(draw, 151936, 96)],
+    "logprobs": [
+        functools.partial(logprobs, 151936, 300),
+        functools.partial(logprobs, 8193, 300),
+        functools.partial(logprobs, 259, 300),
+        head_blocks,
+    ],
     "attention": [
         functools.partial(attend, 128, 32, 8, 1300),
         functools.partial(attend, 64, 9, 3, 1300),

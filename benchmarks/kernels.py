@@ -31,6 +31,7 @@ from pallas_kernels.rope_cache import xla as rope_cache_xla
 from pallas_kernels.rope_cache.op import rope_table
 from pallas_kernels.sample import mosaic_gpu_sm90 as sample
 from pallas_kernels.sample import xla as sample_xla
+from pallas_kernels.sample.op import token_logprobs
 
 SHAPES = {  # Qwen3-8B
     "qkv": (4096, 6144),
@@ -281,12 +282,41 @@ def draws():
             yield row
 
 
+def logprobs():
+    """A trainer's, forward and with the gradient by the logits; of nothing else that `token_logprobs` returns."""
+    plain = lambda x, ids: jnp.take_along_axis(jax.nn.log_softmax(x), ids[:, None], axis=1)[:, 0]  # noqa: E731
+    ways = {"us": "mosaic_gpu", "XLA us": "xla", "log_softmax us": None}
+
+    def value(x, ids, backend):
+        return token_logprobs(x, ids, top=1, backend=backend)[0] if backend else plain(x, ids)
+
+    def trained(x, ids, d, backend):
+        found, pull = jax.vjp(lambda x: value(x, ids, backend), x)
+        return found, pull(d)[0]
+
+    for rows in (512, 2048, 8192):
+        logits = normal(0, rows, VOCAB, scale=3.0, dtype=jnp.float32)
+        ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, rows), jnp.int32)
+        d = normal(1, rows, dtype=jnp.float32)
+        for op, f, arguments, accesses in (
+            ("logprobs", value, (logits, ids), 1),
+            ("logprobs and gradient", trained, (logits, ids, d), 3),
+        ):
+            row: dict = {"op": op, "rows": rows}
+            for name, backend in ways.items():
+                times = kernel_times(jax.jit(functools.partial(f, backend=backend)), [arguments], 5)
+                row[name] = float(np.median([sum(each) for each in times]))
+                row[name.replace("us", "launches")] = len(times[0])
+            yield row | {"TB/s": 4 * accesses * logits.size / row["us"] / 1e6}
+
+
 SECTIONS = {
     "copy": copy,
     "rope": rope,
     "norms": norms,
     "decode": decode,
     "draws": draws,
+    "logprobs": logprobs,
     "prefill": prefill,
     "products": products,
     "torch": torch_attention,
@@ -304,6 +334,9 @@ def speeds(rows):
             case "sample" if "XLA wall us" in row:
                 label = f"sampling, {row['kind']}, batch {row['batch']} / XLA"
                 yield label, row["XLA wall us"] / row["wall us"]
+            case "logprobs" | "logprobs and gradient":
+                label = f"{row['op']}, {row['rows']} rows / jax.nn.log_softmax"
+                yield label, row["log_softmax us"] / row["us"]
             case "prefill" if "ratio" in row:
                 yield f"prefill, {row['keys']} keys of {row['head_dim']} / cuDNN", row["ratio"]
             case "matmul":
