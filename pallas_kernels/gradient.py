@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.arrays import round_up
+from pallas_kernels.compat import interpreting
 from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import pin
 
@@ -86,23 +87,36 @@ def with_gradient(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives `f(static, *operands)` the cotangents `backward(static, operands, cotangent of the result)`.
 
-    `f` stays what it is: the forward pass under differentiation, rematerialised or not, is `f` itself, or `saving`.
+    `f` stays what it is: the forward pass under differentiation is `f` itself, or `saving`.
 
     Args:
         saving: (static, *operands) -> (f's result to the last bit, what backward gets after the operands).
     """
 
     def decorate(f):
-        differentiable = jax.custom_vjp(f, nondiff_argnums=(0,))
+        def differentiable(optimize_remat):
+            g = jax.custom_vjp(f, nondiff_argnums=(0,))
 
-        def forward(static, *operands):
-            if saving is None:
-                return differentiable(static, *operands), (operands,)
-            result, saved = saving(static, *operands)
-            return result, (operands, saved)
+            def forward(static, *operands):
+                if saving is None:
+                    return g(static, *operands), (operands,)
+                result, saved = saving(static, *operands)
+                return result, (operands, saved)
 
-        differentiable.defvjp(forward, lambda static, kept, dy: backward(static, *kept, dy))
-        return differentiable
+            g.defvjp(
+                forward,
+                lambda static, kept, dy: backward(static, *kept, dy),
+                optimize_remat=optimize_remat,
+            )
+            return g
+
+        plain = differentiable(False)
+        if saving is None:
+            return plain
+        # Under `jax.checkpoint` the first pass is f: what `saving` keeps would be thrown away.
+        optimized = differentiable(True)
+        # Interpreted kernels have effects, which that can't be done with.
+        return lambda static, *operands: (plain if interpreting() else optimized)(static, *operands)
 
     return decorate
 
