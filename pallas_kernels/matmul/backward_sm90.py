@@ -19,7 +19,7 @@ from jax import lax
 
 from pallas_kernels.compat import drain, interpreting, kernel_in_place, pl, plgpu
 from pallas_kernels.matmul.activation_sm90 import before_activation
-from pallas_kernels.matmul.live_sm90 import live_chunks
+from pallas_kernels.matmul.live_sm90 import live_chunks, live_flags
 from pallas_kernels.matmul.mosaic_gpu_sm90 import K_BLOCK, REGISTERS, SHARED_BYTES, SMS
 from pallas_kernels.numerics import GRADIENT_ROWS
 
@@ -37,6 +37,8 @@ class Tile:
     """Most k (dw) or rows (dx) per CTA."""
     band: int = 4
     """Tiles of the wide axis that go together, so that what they read stays in L2."""
+    prefetch: int = 4
+    """Of dw: steps from one part of the next tile's sums (64 k wide) that is brought to L2 to the next; 0: none is."""
 
 
 def matmul(_kernel, x, packed, total, dy, _n):
@@ -72,9 +74,9 @@ def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
         _divisor(blocks * K_BLOCK, tile.wide),
         tile.groups if columns % (64 * tile.groups) == 0 else 1,
     )
-    call = _weight_kernel(x.shape, columns, x.dtype, groups, wide, tile.band, interpreting())
+    call = _weight_kernel(x.shape, columns, x.dtype, groups, wide, tile.band, tile.prefetch, interpreting())
     sums = jax.new_ref(total)
-    call(x, dy, *live_chunks(dy), sums)
+    call(x, dy, live_chunks(dy), sums)
     return jax.freeze(sums)
 
 
@@ -107,11 +109,11 @@ def _divisor(size: int, most: int) -> int:
 
 
 @functools.cache
-def _weight_kernel(shape, columns, dtype, groups, wide, band, _interpreting):
-    k = shape[1]
+def _weight_kernel(shape, columns, dtype, groups, wide, band, every, _interpreting):
+    rows, k = shape
     blocks = wide // K_BLOCK
 
-    def body(x_g, dy_g, chunks_g, count_g, sums_g):
+    def body(x_g, dy_g, found_g, sums_g):
         def load(row, column, chunk, left, right, full):
             depth = pl.ds(chunk * DEPTH, DEPTH)
             for group in range(groups):
@@ -121,6 +123,10 @@ def _weight_kernel(shape, columns, dtype, groups, wide, band, _interpreting):
 
         def sums(row, column, group, block):
             return sums_g.at[column * blocks + block, pl.ds((row * groups + group) * 64, 64), :]
+
+        def prefetch(row, column, block):
+            part = pl.ds(row * groups * 64, groups * 64)
+            plgpu.async_prefetch(sums_g.at[column * blocks + block, part, :])
 
         def start(row, column, group):
             parts = [
@@ -135,8 +141,7 @@ def _weight_kernel(shape, columns, dtype, groups, wide, band, _interpreting):
 
         _product(
             (columns // (64 * groups), k // wide),
-            count_g[0],
-            lambda step: chunks_g[step],
+            rows // DEPTH,
             load,
             start,
             finish,
@@ -147,6 +152,8 @@ def _weight_kernel(shape, columns, dtype, groups, wide, band, _interpreting):
             band=band,
             dtype=dtype,
             out=None,
+            found=found_g,
+            ahead=(blocks, every, prefetch) if every else None,
         )
 
     tiles = columns // (64 * groups) * (k // wide)
@@ -175,7 +182,6 @@ def _input_kernel(shape, blocks, dtype, groups, wide, band, _interpreting):
         _product(
             (blocks // groups, rows // wide),
             columns // DEPTH,
-            lambda step: step,
             load,
             lambda *_: None,
             finish,
@@ -206,53 +212,91 @@ def _launch(kernel, body, name, tiles, groups, **options):
     )
 
 
-def _product(tiles, steps, place, load, start, finish, *, groups, right, turned, copies, band, dtype, out):
+def _product(
+    tiles,
+    steps,
+    load,
+    start,
+    finish,
+    *,
+    groups,
+    right,
+    turned,
+    copies,
+    band,
+    dtype,
+    out,
+    found=None,
+    ahead=None,
+):
     """leftᵀ · right by tiles: one producer warpgroup, `groups` consumers of 64 rows of the result each.
 
     Args:
         tiles: number of tiles along the rows and columns of the result.
-        steps: steps of DEPTH; without any nothing is done.
-        place: step -> which DEPTH of the contraction it takes.
-        load: (tile's row, column, place, left [groups, DEPTH, 64], right, barrier): `copies` copies.
+        steps: steps of DEPTH.
+        load: (tile's row, column, step, left [groups, DEPTH, 64], right, barrier): `copies` copies.
         start: (tile's row, column, group) -> what the accumulator starts from, or None for zeros.
         finish: (accumulator, tile's row, column, group, out).
         right: the shape of a stage of the right operand: [DEPTH, columns], or [columns, DEPTH] if it is `turned`.
         out: shape of what `finish` stores through, or None.
+        found: what `live_chunks` found, if steps are left out; without any left nothing is done.
+        ahead: (parts, steps from one to the next, f(row, column, part of the next tile)), or None.
     """
     count, wide = tiles[0] * tiles[1], right[0] if turned else right[1]
     ctas = min(count, SMS)
     used = groups * 64 * 64 * 2 if out else 0
+    if found is not None:
+        used += (groups + 1) * found.shape[1] * 4
     stages = min((SHARED_BYTES - used) // ((groups * 64 + wide) * DEPTH * 2), 6)
 
-    def scoped(left_s, right_s, full, empty, out_s=None):
+    def scoped(left_s, right_s, full, empty, out_s=None, flags_s=None):
         group, cta = lax.axis_index("wg"), lax.axis_index("cta")
         mine = lax.div(jnp.int32(count - 1) - cta, jnp.int32(ctas)) + 1
-        mine = jnp.where(steps > 0, mine, 0)
+        live, live_steps = lambda _: True, steps
+        if found is not None:
+            live, live_steps = live_flags(found, flags_s.at[group], steps)
+            mine = jnp.where(live_steps > 0, mine, 0)
+
+        def tile_of(local):
+            return plgpu.planar_snake(cta + local * ctas, tiles, 1, band)
 
         def each_tile(work):
             def body(local, _):
-                work(local * steps, *plgpu.planar_snake(cta + local * ctas, tiles, 1, band))
+                work(local, local * live_steps, *tile_of(local))
                 return ()
 
             lax.fori_loop(0, mine, body, ())
+
+        def prefetch(local, step):
+            parts, every, part_of = ahead
+            every = jnp.maximum(jnp.minimum(lax.div(live_steps, jnp.int32(parts)), every), 1)
+            # Over the tile's last steps: what is there earlier is gone from L2 again.
+            step = step - (live_steps - parts * every)
+            now = (step >= 0) & (lax.rem(step, every) == 0) & (local + 1 < mine)
+            pl.when(now)(lambda: part_of(*tile_of(local + 1), lax.div(step, every)))
 
         @pl.when(group == groups)
         def _produce():
             if groups > 1:
                 plgpu.set_max_registers(40, action="decrease")
 
-            def work(first, row, column):
-                def each_step(i, _):
-                    slot, at = lax.rem(first + i, jnp.int32(stages)), place(i)
-                    pl.when(first + i >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    load(row, column, at, left_s.at[slot], right_s.at[slot], full.at[slot])
-                    return ()
+            def work(local, first, row, column):
+                def each_step(i, at):
+                    @pl.when(live(i))
+                    def _():
+                        slot = lax.rem(at, jnp.int32(stages))
+                        pl.when(at >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                        load(row, column, i, left_s.at[slot], right_s.at[slot], full.at[slot])
+                        if ahead:
+                            prefetch(local, at - first)
 
-                lax.fori_loop(0, steps, each_step, ())
+                    return at + jnp.int32(live(i))
+
+                lax.fori_loop(0, steps, each_step, first)
 
             each_tile(work)
             if interpreting():
-                drain(empty, stages, mine * steps)
+                drain(empty, stages, mine * live_steps)
 
         @pl.when(group < groups)
         def _consume():
@@ -263,7 +307,7 @@ def _product(tiles, steps, place, load, start, finish, *, groups, right, turned,
                 a = left_s.at[slot, group].transpose((1, 0))
                 return a, right_s.at[slot].transpose((1, 0)) if turned else right_s.at[slot]
 
-            def work(first, row, column):
+            def work(_, first, row, column):
                 def release(step):
                     plgpu.barrier_arrive(empty.at[lax.rem(step, jnp.int32(stages))])
 
@@ -276,7 +320,7 @@ def _product(tiles, steps, place, load, start, finish, *, groups, right, turned,
                         pl.when(i > 0)(lambda: release(first + i - 1))
                         return ()
 
-                    lax.fori_loop(0, steps, each_step, ())
+                    lax.fori_loop(0, live_steps, each_step, ())
 
                 def interpreted(i, acc):  # which starts no accumulator from a value
                     slot = lax.rem(first + i, jnp.int32(stages))
@@ -294,10 +338,10 @@ def _product(tiles, steps, place, load, start, finish, *, groups, right, turned,
                 if begin is None:
                     begin = plgpu.layout_cast(jnp.zeros((64, wide), jnp.float32), plgpu.Layout.WGMMA)
                 if interpreting():
-                    acc = lax.fori_loop(0, steps, interpreted, begin)
+                    acc = lax.fori_loop(0, live_steps, interpreted, begin)
                 else:
                     acc = pl.run_state(accumulate)(plgpu.ACC.init(begin))
-                    release(first + steps - 1)
+                    release(first + live_steps - 1)
                 finish(acc, row, column, group, out_s)
 
             each_tile(work)
@@ -305,12 +349,17 @@ def _product(tiles, steps, place, load, start, finish, *, groups, right, turned,
                 plgpu.wait_smem_to_gmem(0)
 
     swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    scratch = {}
+    if out:
+        scratch["out_s"] = plgpu.SMEM(out, dtype, transforms=swizzle)
+    if found is not None:
+        scratch["flags_s"] = plgpu.SMEM((groups + 1, found.shape[1]), jnp.float32)
     pl.run_scoped(
         scoped,
         plgpu.SMEM((stages, groups, DEPTH, 64), dtype, transforms=swizzle),
         plgpu.SMEM((stages, *right), dtype, transforms=swizzle),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-        *([plgpu.SMEM(out, dtype, transforms=swizzle)] if out else []),
         collective_axes="wg",
+        **scratch,
     )

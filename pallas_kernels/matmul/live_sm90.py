@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import interpreting, plgpu
 from pallas_kernels.numerics import GRADIENT_ROWS
 
@@ -16,20 +17,34 @@ PARTS = 16
 
 
 def live_chunks(dy):
-    """(numbers of the chunks of GRADIENT_ROWS rows that are not all zero, ascending; how many [1]), int32.
+    """Per chunk of GRADIENT_ROWS rows and part of it: whether anything is not zero, for `live_flags`.
 
-    The first has room for all chunks; what follows the last live one is no chunk's number.
+    float32 [parts, chunks rounded up to 128]; what is past the last chunk isn't written.
 
     Args:
         dy: [M, N] in bfloat16 or float16, M a multiple of GRADIENT_ROWS and N of 64.
     """
-    chunks = dy.shape[0] // GRADIENT_ROWS
-    pieces = dy.reshape(chunks, -1, PIECE)
-    found = _kernel(pieces.shape, interpreting())(pieces)
-    so_far = jnp.cumsum(jnp.any(found > 0, axis=1), dtype=jnp.int32)
-    # Chunks before the i-th live one have seen at most i of them.
-    ahead = so_far[:, None] <= jnp.arange(chunks, dtype=jnp.int32)
-    return jnp.sum(ahead, axis=0, dtype=jnp.int32), so_far[-1:]
+    pieces = dy.reshape(dy.shape[0] // GRADIENT_ROWS, -1, PIECE)
+    return _kernel(pieces.shape, interpreting())(pieces)
+
+
+def live_flags(found, flags, chunks: int):
+    """(chunk -> whether it has a gradient, how many have), inside a kernel; every warpgroup for itself.
+
+    Args:
+        found: what `live_chunks` returned, in device memory.
+        flags: a row of it in shared memory, this warpgroup's own.
+        chunks: how many there are.
+    """
+    layout = plgpu.Layout.WG_STRIDED(flags.shape, vec_size=1)
+    parts = (plgpu.load(found.at[part], layout=layout) for part in range(found.shape[0]))
+    flags[...] = functools.reduce(jnp.maximum, parts)
+    plgpu.commit_smem()
+
+    def live(chunk):
+        return flags[chunk] > 0
+
+    return live, lax.fori_loop(0, chunks, lambda chunk, seen: seen + jnp.int32(live(chunk)), jnp.int32(0))
 
 
 @functools.cache
@@ -46,12 +61,12 @@ def _kernel(shape, _interpreting):
             return piece + parts, jnp.max(jnp.where(values.astype(jnp.float32) == 0.0, 0.0, 1.0))
 
         none = lambda state: (state[0] < pieces) & (state[1] == 0.0)  # noqa: E731
-        found_g[chunk, part] = lax.while_loop(none, read, (part, jnp.float32(0.0)))[1]
+        found_g[part, chunk] = lax.while_loop(none, read, (part, jnp.float32(0.0)))[1]
 
     return plgpu.kernel(
         body,
         kernel_name="live_chunks",
-        out_type=jax.ShapeDtypeStruct((chunks, parts), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((parts, round_up(chunks, 128)), jnp.float32),
         grid=(chunks, parts),
         grid_names=("chunk", "part"),
     )
