@@ -163,8 +163,12 @@ def attentions():
             options = {"scale": dim**-0.5, "window": None, "soft_cap": None}
             aligned = {"query_alignment": GRADIENT_ROWS}
             *operands, d_out = arguments
-            saving = functools.partial(attention_forward.attention_saving, **options, **aligned)
-            _, saved = jax.jit(saving)(*operands)
+
+            def saving(*operands, options=options, aligned=aligned):
+                tiles = attention_forward.batch_tiles(*operands, window=None, **aligned)
+                return attention_forward.attention_saving(*operands, **options, tiles=tiles)[1]
+
+            saved = jax.jit(saving)(*operands)
             call = jax.jit(functools.partial(attention_backward.attention, **options))
             rounds = kernel_times(call, [(*operands, saved, d_out)], 5)
             row = {"op": "attention", "sequences": count, "tokens": length, "head_dim": dim}
@@ -301,9 +305,10 @@ def _attention_bits(dim, options, compare, count=3, length=700):
     @functools.partial(jax.jit, static_argnames="aligned")
     def call(q, k, v, tables, starts, lens, d_out, aligned=1):
         fill = lambda x: jnp.pad(x, ((0, 100), (0, 0), (0, 0)), constant_values=jnp.nan)  # noqa: E731
-        operands, promise = (fill(q), k, v, tables, starts, lens), {"query_alignment": aligned}
-        out, saved = attention_forward.attention_saving(*operands, **options, **promise)
-        plain = attention_forward.attention(*operands, **options, **promise, max_query_len=length)
+        operands, window = (fill(q), k, v, tables, starts, lens), options["window"]
+        tiles = attention_forward.batch_tiles(*operands, window=window, query_alignment=aligned)
+        out, saved = attention_forward.attention_saving(*operands, **options, tiles=tiles)
+        plain = attention_forward.attention(*operands, **options, max_query_len=length, tiles=tiles)
         dq, dk, dv = attention_backward.attention(*operands, saved, fill(d_out), **options)
         return dq, dk, dv, out, plain
 

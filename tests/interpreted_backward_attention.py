@@ -41,13 +41,13 @@ def indices(tables, counts, lens):
 def gradients(q, pool, tables, counts, lens, d_out, alignment=1, **option):
     """(dq, dk, dv, result, and the result of the kernel that keeps nothing)"""
     options = OPTIONS | option
-    aligned = {"query_alignment": alignment}
 
     @jax.jit
     def call(q, k_pages, v_pages, tables, starts, lens):
         operands = q, k_pages, v_pages, tables, starts, lens
-        out, saved = kernel.attention_saving(*operands, **options, **aligned)
-        plain = kernel.attention(*operands, **options, **aligned, max_query_len=q.shape[0])
+        tiles = kernel.batch_tiles(*operands, window=options["window"], query_alignment=alignment)
+        out, saved = kernel.attention_saving(*operands, **options, tiles=tiles)
+        plain = kernel.attention(*operands, **options, max_query_len=q.shape[0], tiles=tiles)
         return *backward.attention(*operands, saved, d_out, **options), out, plain
 
     with gpu_interpreter():

@@ -1,5 +1,6 @@
 """The Hopper gradient of attention without a GPU: interpreted on small shapes, lowered for CUDA on real ones."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from pallas_kernels.attention import query_tiles_sm90 as queries
 from pallas_kernels.attention.backward_tiles_sm90 import key_tiles
 from pallas_kernels.attention.op import attention
+from pallas_kernels.attention.tiles import TILES
 
 
 @pytest.mark.slow
@@ -141,3 +143,18 @@ def test_it_lowers_for_cuda(head_dim, option):
         return out, pull(d_out)
 
     jax.jit(call).trace(q, pages, pages, *indices, q).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rematerialised_layers_share_their_tiles(shared):
+    """What the model's policy keeps isn't computed again in each layer; without it, it is."""
+    policy = jax.checkpoint_policies.save_only_these_names(TILES) if shared else None
+    half, int32 = jnp.bfloat16, jnp.int32
+    q, pages = (jax.ShapeDtypeStruct(shape, half) for shape in ((256, 4, 128), (9, 2, 128, 128)))
+    indices = (jax.ShapeDtypeStruct(shape, int32) for shape in ((3, 8), (4,), (3,)))
+    options = {"scale": 0.125, "max_query_len": 256, "query_alignment": 64, "backend": "mosaic_gpu"}
+    layer = jax.checkpoint(functools.partial(attention, **options), policy=policy)
+    program = jax.make_jaxpr(jax.grad(lambda *x: jnp.sum(layer(*x).astype(jnp.float32))))
+    again = [e for e in program(q, pages, pages, *indices).eqns if e.primitive.name == "remat2"]
+    assert len(again) == 1
+    assert (" sort[" in str(again[0])) is not shared

@@ -16,6 +16,7 @@ from jaxdet.models.config import ModelConfig, inverse_frequencies
 from jaxdet.models.weights import Weights
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.attention.op import attention
+from pallas_kernels.attention.tiles import TILES
 from pallas_kernels.gradient import Trained
 from pallas_kernels.matmul.op import gated_matmul, matmul, take_columns
 from pallas_kernels.reduce import pin
@@ -242,7 +243,10 @@ class DecoderLM(nnx.Module):
         Args:
             remat: under differentiation, keep each layer's input only and compute the rest again; to the same bits.
         """
-        run = jax.checkpoint(_run_layer, static_argnums=0) if remat else _run_layer
+        run = _run_layer
+        if remat:
+            kept = jax.checkpoint_policies.save_only_these_names(TILES)
+            run = jax.checkpoint(run, static_argnums=0, policy=kept)
         x = self.embed(batch.tokens)
         written = []
         for layer, rope, kv in zip(self.layers, self.config.rope_of_layer, cache, strict=True):

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import online_softmax_sm90 as softmax
-from pallas_kernels.attention.backward_tiles_sm90 import key_tiles
 from pallas_kernels.attention.query_tiles_sm90 import chunk_of, to_rows, to_tiles
 from pallas_kernels.compat import drain, fused_multiply_add, interpreting, pl, plgpu, reduce_columns
 
@@ -40,19 +39,17 @@ def attention(
 ):
     """(dq, dk, dv) in the dtypes and shapes of q, k_pages and v_pages; what no sequence has is zero.
 
-    A sequence's keys and values must be finite, as in the forward. `saved` is what `prefill_saving` kept.
+    A sequence's keys and values must be finite, as in the forward. `saved` is what `attention_saving` kept.
     """
-    tiles, in_tiles, out, lse = saved
+    tiles, owners, in_tiles, out, lse = saved
     pages, kv_heads, page, dim = k_pages.shape
-    keys = tiles.tile // softmax.ROWS * KEYS
-    owners = key_tiles(block_tables, query_start, seq_lens, tiles.begin, (pages, page), keys, window)
     d_out = to_tiles(d_out, tiles)
     options = scale, window, soft_cap, interpreting()
     blocks = (p.reshape(pages, kv_heads, -1, KEYS, dim) for p in (k_pages, v_pages))
     numbers = tiles.sequence, tiles.place, tiles.position, tiles.keys, tiles.queries
     call = _queries(out.shape, (kv_heads, page), tiles.shape, q.dtype, *options)
     dq, delta = call(in_tiles, d_out, out, lse, *blocks, block_tables, *numbers)
-    call = _keys(out.shape, k_pages.shape, keys, q.dtype, *options)
+    call = _keys(out.shape, k_pages.shape, tiles.tile, q.dtype, *options)
     numbers = (getattr(owners, field.name) for field in dataclasses.fields(owners))
     dk, dv = call(in_tiles, d_out, lse, delta, k_pages, v_pages, *numbers)
     return to_rows(dq, tiles, q.shape[0]), dk, dv

@@ -30,22 +30,11 @@ NOWHERE = -(2**30)
 
 
 def attention(
-    q,
-    k_pages,
-    v_pages,
-    block_tables,
-    query_start,
-    seq_lens,
-    *,
-    scale,
-    window,
-    soft_cap,
-    max_query_len,
-    query_alignment=1,
+    q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap, max_query_len
 ):
     """See `op.attention`; float32 or bfloat16, head_dim up to 256, pages of 128 keys.
 
-    With `max_query_len=1`, row s of `q` is the query of sequence s. `query_alignment` is of no use here.
+    With `max_query_len=1`, row s of `q` is the query of sequence s.
     """
     require_dtype("attention: q", q.dtype)
     if {k_pages.dtype, v_pages.dtype} != {q.dtype}:

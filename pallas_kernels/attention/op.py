@@ -1,10 +1,13 @@
 """Causal attention over a paged KV cache; decode, prefill, chunks and mixed batches agree bit for bit."""
 
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.attention import backward
+from pallas_kernels.attention.tiles import TILES
+from pallas_kernels.backend import resolve
 from pallas_kernels.gradient import with_gradient
 
 
@@ -66,13 +69,18 @@ def attention(
         ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
         NotImplementedError: the backend has no such kernel.
     """
-    static = scale, window, soft_cap, max_query_len, query_alignment, backend
-    return _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens)
+    operands = q, k_pages, v_pages, block_tables, query_start, seq_lens
+    tiles = None
+    if resolve(backend) == "mosaic_gpu" and max_query_len > 1:
+        # Out here, where rematerialisation sees the name: inside an op with a gradient it would not.
+        make = registry.load("attention", backend).batch_tiles
+        tiles = checkpoint_name(make(*operands, window=window, query_alignment=query_alignment), TILES)
+    return _attention((scale, window, soft_cap, max_query_len, backend), *operands, tiles)
 
 
 @with_gradient(backward.attention, saving=backward.saving)
-def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens):
-    scale, window, soft_cap, max_query_len, query_alignment, backend = static
+def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens, tiles):
+    scale, window, soft_cap, max_query_len, backend = static
     return registry.load("attention", backend).attention(
         q,
         k_pages,
@@ -84,5 +92,5 @@ def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens)
         window=window,
         soft_cap=soft_cap,
         max_query_len=max_query_len,
-        query_alignment=query_alignment,
+        **({} if tiles is None else {"tiles": tiles}),
     )

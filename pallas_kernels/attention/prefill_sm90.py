@@ -12,31 +12,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention import online_softmax_sm90 as softmax
-from pallas_kernels.attention.query_tiles_sm90 import chunk_of, query_tiles, to_rows, to_tiles
+from pallas_kernels.attention.query_tiles_sm90 import QueryTiles, chunk_of, to_rows, to_tiles
 from pallas_kernels.attention.segments_sm90 import BLOCK, SEGMENT
 from pallas_kernels.compat import interpreting, pl, plgpu
 
 STAGES = 2
 
 
-def prefill(q, k_pages, v_pages, tables, query_start, lens, **options):
+def prefill(q, k_pages, v_pages, tables, tiles: QueryTiles, **options):
     """q [T, Hq, D] of sequences one after the other → [T, Hq, D]; rows of no sequence are zero."""
-    return _prefill(q, k_pages, v_pages, tables, query_start, lens, with_lse=False, **options)[0]
+    return _prefill(q, k_pages, v_pages, tables, tiles, with_lse=False, **options)[0]
 
 
-def prefill_saving(q, k_pages, v_pages, tables, query_start, lens, **options):
-    """What `prefill` gives, and for its gradient (tiles, q and the result in tile space, log-sum-exp [Hq, size]).
+def prefill_saving(q, k_pages, v_pages, tables, tiles: QueryTiles, **options):
+    """What `prefill` gives, and for its gradient (q and the result in tile space, log-sum-exp [Hq, size]).
 
     The log-sum-exp of a row is M + log2 L, of the row's scores in log2 units; zero where there is no query.
     """
-    return _prefill(q, k_pages, v_pages, tables, query_start, lens, with_lse=True, **options)
+    return _prefill(q, k_pages, v_pages, tables, tiles, with_lse=True, **options)
 
 
-def _prefill(
-    q, k_pages, v_pages, tables, query_start, lens, *, with_lse, scale, window, soft_cap, query_alignment
-):
+def _prefill(q, k_pages, v_pages, tables, tiles, *, with_lse, scale, window, soft_cap):
     tokens, _, dim = q.shape
-    tiles = query_tiles(query_start, lens, tokens, dim, query_alignment)
     q = to_tiles(q, tiles)
     call = _kernel(
         q.shape, k_pages.shape, tiles.shape, q.dtype, scale, window, soft_cap, with_lse, interpreting()
@@ -44,7 +41,7 @@ def _prefill(
     k_pages, v_pages = (p.reshape(*p.shape[:2], -1, BLOCK[dim], dim) for p in (k_pages, v_pages))
     numbers = tiles.sequence, tiles.place, tiles.position, tiles.keys, tiles.queries
     out, *lse = call(q, k_pages, v_pages, tables, *numbers)
-    return to_rows(out, tiles, tokens), (tiles, q, out, *lse)
+    return to_rows(out, tiles, tokens), (q, out, *lse)
 
 
 @functools.cache

@@ -5,6 +5,11 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+TILES = "attention_tiles"
+"""The `checkpoint_name` of index arrays that depend on the batch alone, not on the layer. Rematerialisation should keep
+them: they are small, and XLA shares them between layers only if they aren't computed again.
+"""
+
 
 def tiles(
     query_start: Int[Array, " S+1"], tile: int, count: int

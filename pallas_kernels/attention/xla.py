@@ -24,20 +24,9 @@ ROW_FREE_MAX_DIM = 256  # above 256 columns XLA splits a dot's k when rows are f
 
 
 def attention(
-    q,
-    k_pages,
-    v_pages,
-    block_tables,
-    query_start,
-    seq_lens,
-    *,
-    scale,
-    window,
-    soft_cap,
-    max_query_len,
-    query_alignment=1,
+    q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap, max_query_len
 ):
-    """See `op.attention`; `query_alignment` is of no use here."""
+    """See `op.attention`."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
     free = rows_are_free() and dim <= ROW_FREE_MAX_DIM
