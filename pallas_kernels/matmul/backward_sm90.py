@@ -39,6 +39,9 @@ class Tile:
     """Tiles of the wide axis that go together, so that what they read stays in L2."""
     prefetch: int = 4
     """Of dw: steps from one part of the next tile's sums (64 k wide) that is brought to L2 to the next; 0: none is."""
+    staged: bool = False
+    """Of dw: the sums come through the ring, ahead of what is added to them; where a stage has no room for 64 k of
+    them, and without, into registers."""
 
 
 def matmul(_kernel, x, packed, total, dy, _n):
@@ -74,7 +77,9 @@ def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
         _divisor(blocks * K_BLOCK, tile.wide),
         tile.groups if columns % (64 * tile.groups) == 0 else 1,
     )
-    call = _weight_kernel(x.shape, columns, x.dtype, groups, wide, tile.band, tile.prefetch, interpreting())
+    staged = tile.staged and wide % 128 == 0 and groups <= wide // 128
+    options = groups, wide, tile.band, tile.prefetch, staged, interpreting()
+    call = _weight_kernel(x.shape, columns, x.dtype, *options)
     sums = jax.new_ref(total)
     call(x, dy, live_chunks(dy), sums)
     return jax.freeze(sums)
@@ -109,7 +114,7 @@ def _divisor(size: int, most: int) -> int:
 
 
 @functools.cache
-def _weight_kernel(shape, columns, dtype, groups, wide, band, every, _interpreting):
+def _weight_kernel(shape, columns, dtype, groups, wide, band, every, staged, _interpreting):
     rows, k = shape
     blocks = wide // K_BLOCK
 
@@ -129,11 +134,15 @@ def _weight_kernel(shape, columns, dtype, groups, wide, band, every, _interpreti
             plgpu.async_prefetch(sums_g.at[column * blocks + block, part, :])
 
         def start(row, column, group):
-            parts = [
+            return [
                 plgpu.load(sums(row, column, group, block), layout=plgpu.Layout.WGMMA, optimized=False)
                 for block in range(blocks)
             ]
-            return jnp.concatenate(parts, axis=1)
+
+        def stage(row, column, block, to, full):
+            for group in range(groups):
+                plgpu.copy_gmem_to_smem(sums(row, column, group, block), to.at[group], full)
+            plgpu.barrier_arrive(full)  # for the copy that a step has more
 
         def finish(acc, row, column, group, _):
             for block in range(blocks):
@@ -154,6 +163,7 @@ def _weight_kernel(shape, columns, dtype, groups, wide, band, every, _interpreti
             out=None,
             found=found_g,
             ahead=(blocks, every, prefetch) if every else None,
+            staged=(blocks, stage) if staged else None,
         )
 
     tiles = columns // (64 * groups) * (k // wide)
@@ -228,6 +238,7 @@ def _product(
     out,
     found=None,
     ahead=None,
+    staged=None,
 ):
     """leftᵀ · right by tiles: one producer warpgroup, `groups` consumers of 64 rows of the result each.
 
@@ -235,12 +246,14 @@ def _product(
         tiles: number of tiles along the rows and columns of the result.
         steps: steps of DEPTH.
         load: (tile's row, column, step, left [groups, DEPTH, 64], right, barrier): `copies` copies.
-        start: (tile's row, column, group) -> what the accumulator starts from, or None for zeros.
+        start: (tile's row, column, group) -> what the accumulator starts from, by columns, or None for zeros.
         finish: (accumulator, tile's row, column, group, out).
         right: the shape of a stage of the right operand: [DEPTH, columns], or [columns, DEPTH] if it is `turned`.
         out: shape of what `finish` stores through, or None.
         found: what `live_chunks` found, if steps are left out; without any left nothing is done.
         ahead: (parts, steps from one to the next, f(row, column, part of the next tile)), or None.
+        staged: (parts, f(tile's row, column, part, where to [groups, 64, 64], barrier)): what the accumulator starts
+            from, through the ring in place of `start`; or None.
     """
     count, wide = tiles[0] * tiles[1], right[0] if turned else right[1]
     ctas = min(count, SMS)
@@ -250,6 +263,8 @@ def _product(
     stages = min((SHARED_BYTES - used) // ((groups * 64 + wide) * DEPTH * 2), 6)
 
     def scoped(left_s, right_s, full, empty, out_s=None, flags_s=None):
+        if staged:
+            right_s, sums_s = right_s
         group, cta = lax.axis_index("wg"), lax.axis_index("cta")
         mine = lax.div(jnp.int32(count - 1) - cta, jnp.int32(ctas)) + 1
         live, live_steps = lambda _: True, steps
@@ -257,12 +272,15 @@ def _product(
             live, live_steps = live_flags(found, flags_s.at[group], steps)
             mine = jnp.where(live_steps > 0, mine, 0)
 
+        before = staged[0] if staged else 0
+        in_ring = before + live_steps
+
         def tile_of(local):
             return plgpu.planar_snake(cta + local * ctas, tiles, 1, band)
 
         def each_tile(work):
             def body(local, _):
-                work(local, local * live_steps, *tile_of(local))
+                work(local, local * in_ring, *tile_of(local))
                 return ()
 
             lax.fori_loop(0, mine, body, ())
@@ -281,11 +299,20 @@ def _product(
                 plgpu.set_max_registers(40, action="decrease")
 
             def work(local, first, row, column):
+                def free(at):
+                    slot = lax.rem(at, jnp.int32(stages))
+                    pl.when(at >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    return slot
+
+                for part in range(before):
+                    slot = free(first + part)
+                    staged[1](row, column, part, sums_s.at[slot], full.at[slot])
+                first = first + before
+
                 def each_step(i, at):
                     @pl.when(live(i))
                     def _():
-                        slot = lax.rem(at, jnp.int32(stages))
-                        pl.when(at >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                        slot = free(at)
                         load(row, column, i, left_s.at[slot], right_s.at[slot], full.at[slot])
                         if ahead:
                             prefetch(local, at - first)
@@ -296,7 +323,7 @@ def _product(
 
             each_tile(work)
             if interpreting():
-                drain(empty, stages, mine * live_steps)
+                drain(empty, stages, mine * in_ring)
 
         @pl.when(group < groups)
         def _consume():
@@ -310,6 +337,21 @@ def _product(
             def work(_, first, row, column):
                 def release(step):
                     plgpu.barrier_arrive(empty.at[lax.rem(step, jnp.int32(stages))])
+
+                if staged:
+                    begin = []
+                    for part in range(before):
+                        slot = lax.rem(first + part, jnp.int32(stages))
+                        plgpu.barrier_wait(full.at[slot])
+                        begin.append(plgpu.load(sums_s.at[slot, group], layout=plgpu.Layout.WGMMA))
+                        release(first + part)
+                    first = first + before
+                else:
+                    begin = start(row, column, group)
+                if begin is None:
+                    begin = plgpu.layout_cast(jnp.zeros((64, wide), jnp.float32), plgpu.Layout.WGMMA)
+                else:
+                    begin = jnp.concatenate(begin, axis=1)
 
                 def accumulate(acc):
                     def each_step(i, _):
@@ -334,9 +376,6 @@ def _product(
                     release(first + i)
                     return acc
 
-                begin = start(row, column, group)
-                if begin is None:
-                    begin = plgpu.layout_cast(jnp.zeros((64, wide), jnp.float32), plgpu.Layout.WGMMA)
                 if interpreting():
                     acc = lax.fori_loop(0, live_steps, interpreted, begin)
                 else:
@@ -354,10 +393,14 @@ def _product(
         scratch["out_s"] = plgpu.SMEM(out, dtype, transforms=swizzle)
     if found is not None:
         scratch["flags_s"] = plgpu.SMEM((groups + 1, found.shape[1]), jnp.float32)
+    right_s = plgpu.SMEM((stages, *right), dtype, transforms=swizzle)
+    if staged:  # a stage has the same bytes either way
+        shape, transforms = (stages, wide // 128, 64, 64), (plgpu.TilingTransform((8, 32)), swizzle[1])
+        right_s = plgpu.RefUnion(right_s, plgpu.SMEM(shape, jnp.float32, transforms=transforms))
     pl.run_scoped(
         scoped,
         plgpu.SMEM((stages, groups, DEPTH, 64), dtype, transforms=swizzle),
-        plgpu.SMEM((stages, *right), dtype, transforms=swizzle),
+        right_s,
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         collective_axes="wg",
