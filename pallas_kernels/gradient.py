@@ -7,6 +7,7 @@ of GRADIENT_ROWS; rows without a gradient add exact zeros.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -122,18 +123,22 @@ def with_gradient(
 
 
 def add_rows(start: Float[Array, " N"], x: Float[Array, "rows ... N"]) -> Float[Array, " N"]:
-    """start + all rows of x: a chunk's rows in a tree, then chunk after chunk (and in it what stands between).
+    """start + all rows of x: all of a chunk in a tree, then chunk after chunk.
 
-    Chunks have GRADIENT_ROWS rows, the last one filled up with zeros; in the tree the upper half is added to the lower
-    half until one is left.
+    Chunks have GRADIENT_ROWS rows, the last one filled up with zeros, and what stands between rows and columns belongs
+    to its row. In the tree, filled up to a power of two, the upper half is added to the lower half until one is left.
     """
-    rows, *rest = x.shape
-    filled = round_up(rows, GRADIENT_ROWS)
-    x = jnp.pad(x, ((0, filled - rows), *((0, 0),) * len(rest))).reshape(-1, GRADIENT_ROWS, *rest)
+    rows, *between, columns = x.shape
+    each = math.prod(between)
+    filled, whole = round_up(rows, GRADIENT_ROWS), 1 << (each - 1).bit_length()
+    x = x.reshape(rows, each, columns)
+    x = jnp.pad(x, ((0, filled - rows), (0, whole - each), (0, 0))).reshape(
+        -1, GRADIENT_ROWS * whole, columns
+    )
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         x = pin(x[:, :half] + x[:, half:])
-    return lax.scan(lambda sum, part: (sum + part, None), start, x.reshape(-1, rest[-1]), unroll=UNROLL)[0]
+    return lax.scan(lambda sum, part: (sum + part, None), start, x[:, 0], unroll=UNROLL)[0]
 
 
 def live_rows(dy: Float[Array, "rows N"]) -> Bool[Array, "rows 1"]:

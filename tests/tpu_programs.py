@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tpu_chips import CHIPS, Compiled, compile_for
 
+from jaxdet.engine import packed
 from jaxdet.engine.step import _decode
 from jaxdet.models.layers import Batch
 from jaxdet.testing import QWEN3_8B, SMOLLM2, random_model
@@ -188,8 +189,9 @@ def repeated_program(name, config, *, rows, pages, times):
     )
     weights, tree = jax.tree.flatten(state)
     each = shape(rows, dtype=I32)
-    function = functools.partial(_decode, graph, tree, TPU, steps=times)
-    operands = weights, cache, each, each, batch, each, sampling, each
+    told = each, batch, each, sampling, each
+    function = functools.partial(_decode, graph, tree, TPU, layout=packed.layout_of(told), steps=times)
+    operands = weights, cache, each, packed.pack(told)
     return Program(f"{single.name}, {times} times", function, operands, (1, 2))
 
 

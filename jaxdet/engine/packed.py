@@ -1,7 +1,6 @@
 """What the host tells a step, in one array: each array of its own costs the host some 30 µs on a GPU."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,12 +44,3 @@ def unpack(vector: Int[Array, " n"], layout: Layout) -> Any:
         leaves.append(part if dtype == "int32" else lax.bitcast_convert_type(part, dtype))
         at += size
     return jax.tree.unflatten(structure, leaves)
-
-
-def unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose last arguments come in one vector."""
-
-    def call(*args: Any, layout: Layout, **static: Any) -> Any:
-        return function(*args[:-1], *unpack(args[-1], layout), **static)
-
-    return call

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxdet.engine import lowered_cache
-from jaxdet.engine.packed import layout_of, pack, unpacking
+from jaxdet.engine.packed import Layout, layout_of, pack, unpack
 from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.backend import compiler_options
@@ -68,10 +68,10 @@ class Step:
         self.graph, backend = graph, self.backend
         bind = functools.partial
         self._functions = {
-            "model": (unpacking(bind(_model, graph, self._tree)), {"donate_argnums": 1}),
-            "decode": (unpacking(bind(_decode, graph, self._tree, backend)), {"donate_argnums": (1, 2)}),
+            "model": (bind(_model, graph, self._tree), {"donate_argnums": 1}),
+            "decode": (bind(_decode, graph, self._tree, backend), {"donate_argnums": (1, 2)}),
             "logits": (bind(_logits, graph, self._tree), {}),
-            "draw": (unpacking(bind(_draw, backend)), {"donate_argnums": 1}),
+            "draw": (bind(_draw, backend), {"donate_argnums": 1}),
             "adjust": (adjust, {}),
             "restrict": (restrict, {}),
             "logprobs": (bind(_logprobs, backend), {}),
@@ -238,7 +238,8 @@ class Step:
         return program
 
 
-def _model(graph, tree, weights, cache: KVCache, last_tokens, feed, batch: Batch):
+def _model(graph, tree, weights, cache: KVCache, last_tokens, told, *, layout: Layout):
+    feed, batch = unpack(told, layout)
     fed = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
     batch = batch.with_tokens(jnp.where(feed >= 0, fed, batch.tokens))
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
@@ -247,9 +248,8 @@ def _model(graph, tree, weights, cache: KVCache, last_tokens, feed, batch: Batch
     return hidden, model.logits(last), cache
 
 
-def _decode(
-    graph, tree, backend, weights, cache, last_tokens, feed, batch: Batch, counts, rows, slots, *, steps: int
-):
+def _decode(graph, tree, backend, weights, cache, last_tokens, told, *, layout: Layout, steps: int):
+    feed, batch, counts, rows, slots = unpack(told, layout)
     fed = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
     tables, row = jnp.asarray(batch.row_tables), jnp.arange(batch.rows)
@@ -291,7 +291,8 @@ def _logprobs(backend, logits, tokens, *, top: int) -> Logprobs:
     return Logprobs(*token_logprobs(logits, tokens, top=top, backend=backend))
 
 
-def _draw(backend, logits, last_tokens, rows: SamplingRows | None, slots):
+def _draw(backend, logits, last_tokens, told, *, layout: Layout):
+    rows, slots = unpack(told, layout)
     tokens, usable = sample(logits, rows, backend=backend)
     return tokens, usable, last_tokens.at[slots].set(tokens, mode="drop")
 

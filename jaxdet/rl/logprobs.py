@@ -21,6 +21,9 @@ from pallas_kernels.sample.op import token_logprobs
 HEAD_ROWS = {"xla": 512, "mosaic_gpu": 2048, "mosaic_tpu": 512}
 """Most rows of logits alive at once: each block of them reads the whole LM head, and reads and writes the float32 sum
 of its gradient, which takes Hopper longer than the product of 512 rows."""
+KEEP_LOGITS = {"mosaic_gpu"}
+"""Where the backward pass finds the logits, 4 bytes a token and word, unless layers are rematerialised; elsewhere it
+computes them again."""
 
 
 def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Float[Array, " T"]:
@@ -32,7 +35,8 @@ def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Flo
     Args:
         model: with the sampler's weights, dtype and backend.
         micro: what `pack` made.
-        remat: keep each layer's input only, and compute the rest again in the backward pass; to the same bits.
+        remat: keep each layer's input only, and compute the rest again in the backward pass, the logits too; to the
+            same bits.
 
     Returns:
         float32, natural, of the raw distribution (temperature 1, no top-p); 0 where no token follows.
@@ -40,37 +44,66 @@ def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Flo
     c = model.config
     cache = new_cache(c, model.dtype, micro.num_pages, PAGE_SIZE)
     hidden, _ = model(micro.batch, cache, remat=remat)
-    values = _head_logprobs((c, model.backend), model.head[...], hidden, jnp.asarray(micro.targets))
+    static = c, model.backend, model.backend in KEEP_LOGITS and not remat
+    values = _head_logprobs(static, model.head[...], hidden, jnp.asarray(micro.targets))
     return jnp.where(micro.scored, values, 0.0)
 
 
-def _block(static, head, hidden, targets):
-    config, backend = static
-    logits = head_logits(head, hidden, config, backend)
-    return token_logprobs(logits, targets, top=1, backend=backend)[0]
+def _head_backward(static, operands, kept, d_logprob):
+    (config, backend, _), (head, hidden, targets) = static, operands
 
+    def block(sum, hidden, targets, d_logprob, kept=None):
+        def logits_of(gradient, hidden):
+            return head_logits(Trained(value_of(head), gradient), hidden, config, backend)
 
-def _head_backward(static, operands, d_logprob):
-    head, hidden, targets = operands
+        def logprobs_of(logits):
+            return token_logprobs(logits, targets, top=1, backend=backend)[0]
 
-    def chunk(sum, hidden, targets, d_logprob):
-        def block(gradient, hidden):
-            return _block(static, Trained(value_of(head), gradient), hidden, targets)
+        logits, pull = jax.vjp(logits_of, sum, hidden)  # no product if nobody reads its result
+        (d_logits,) = jax.vjp(logprobs_of, logits if kept is None else kept)[1](d_logprob)
+        return pull(d_logits)
 
-        return jax.vjp(block, sum, hidden)[1](d_logprob)
-
-    total, d_hidden = over_rows(
-        chunk, sum_so_far(head), hidden, targets, d_logprob, size=_block_size(hidden, static[1])
-    )
+    total, size, rows = sum_so_far(head), _block_size(hidden, backend), (hidden, targets, d_logprob)
+    if kept is None:
+        total, d_hidden = over_rows(block, total, *rows, size=size)
+    else:
+        parts = []
+        for logits, *few in zip(kept, *(_blocks(x, size) for x in rows), strict=True):
+            total, part = block(total, *few, kept=logits)
+            parts.append(part)
+        d_hidden = jnp.concatenate(parts)
     return cotangent(head, total), d_hidden, None
 
 
-@with_gradient(_head_backward)
-def _head_logprobs(static, head, hidden, targets):
-    def block(_, *rows):
-        return None, _block(static, value_of(head), *rows)
+def _head_saving(static, head, hidden, targets):
+    """Logprobs, and the logits of every block if they are kept."""
+    (config, backend, keep), size = static, _block_size(hidden, static[1])
+    if not keep:
+        return _values(static, head, hidden, targets), None
+    logits = [head_logits(value_of(head), part, config, backend) for part in _blocks(hidden, size)]
+    found = [
+        token_logprobs(part, few, top=1, backend=backend)[0]
+        for part, few in zip(logits, _blocks(targets, size), strict=True)
+    ]
+    return jnp.concatenate(found), logits
 
-    return over_rows(block, None, hidden, targets, size=_block_size(hidden, static[1]))[1]
+
+def _values(static, head, hidden, targets):
+    config, backend, _ = static
+
+    def block(_, hidden, targets):
+        logits = head_logits(value_of(head), hidden, config, backend)
+        return None, token_logprobs(logits, targets, top=1, backend=backend)[0]
+
+    return over_rows(block, None, hidden, targets, size=_block_size(hidden, backend))[1]
+
+
+_head_logprobs = with_gradient(_head_backward, _head_saving)(_values)
+
+
+def _blocks(x, size: int) -> list:
+    """Not a scan: it would copy each block's logits in and out."""
+    return [x[first : first + size] for first in range(0, x.shape[0], size)]
 
 
 def _block_size(hidden, backend) -> int:
