@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import interpreting
 from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import pin
@@ -123,18 +122,20 @@ def with_gradient(
 
 
 def add_rows(start: Float[Array, " N"], x: Float[Array, "rows ... N"]) -> Float[Array, " N"]:
-    """start + all rows of x: all of a chunk in a tree, then chunk after chunk.
+    """start + all rows of x, in chunks of GRADIENT_ROWS; what stands between rows and columns belongs to its row."""
+    rows, columns = x.shape[0], x.shape[-1]
+    x = jnp.pad(x, ((0, -rows % GRADIENT_ROWS), *((0, 0),) * (x.ndim - 1)))
+    return add_chunks(start, x.reshape(-1, GRADIENT_ROWS * math.prod(x.shape[1:-1]), columns))
 
-    Chunks have GRADIENT_ROWS rows, the last one filled up with zeros, and what stands between rows and columns belongs
-    to its row. In the tree, filled up to a power of two, the upper half is added to the lower half until one is left.
+
+def add_chunks(start: Float[Array, " N"], x: Float[Array, "chunks parts N"]) -> Float[Array, " N"]:
+    """start + all parts of x: a chunk's in a tree, then chunk after chunk.
+
+    In the tree, filled up with zeros to a power of two, the upper half of the parts is added to the lower half until
+    one is left.
     """
-    rows, *between, columns = x.shape
-    each = math.prod(between)
-    filled, whole = round_up(rows, GRADIENT_ROWS), 1 << (each - 1).bit_length()
-    x = x.reshape(rows, each, columns)
-    x = jnp.pad(x, ((0, filled - rows), (0, whole - each), (0, 0))).reshape(
-        -1, GRADIENT_ROWS * whole, columns
-    )
+    parts = x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, (1 << (parts - 1).bit_length()) - parts), (0, 0)))
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         x = pin(x[:, :half] + x[:, half:])

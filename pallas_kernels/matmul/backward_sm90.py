@@ -39,7 +39,7 @@ class Tile:
     """Tiles of the wide axis that go together, so that what they read stays in L2."""
     prefetch: int = 4
     """Of dw: steps from one part of the next tile's sums (64 k wide) that is brought to L2 to the next; 0: none is."""
-    staged: bool = False
+    staged: bool = True
     """Of dw: the sums come through the ring, ahead of what is added to them; where a stage has no room for 64 k of
     them, and without, into registers."""
 

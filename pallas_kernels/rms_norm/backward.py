@@ -1,31 +1,13 @@
-"""Gradient of RMSNorm."""
+"""Gradient of RMSNorm, by backend: `backward_xla` and `backward_sm90`."""
 
-import jax.numpy as jnp
-
-from pallas_kernels.gradient import add_rows, cotangent, live_rows, sum_so_far, value_of
-from pallas_kernels.reduce import pin, row_sum
+from pallas_kernels import registry
+from pallas_kernels.gradient import cotangent, sum_so_far, value_of
 
 
 def rms_norm(static, operands, dy):
     """Cotangents of (x, weight)."""
-    eps, _ = static
+    eps, backend = static
     x, weight = operands
-    dx, parts = through_norm(x, value_of(weight), dy, eps)
-    return dx.astype(x.dtype), cotangent(weight, add_rows(sum_so_far(weight), parts))
-
-
-def through_norm(x, weight, dy, eps):
-    """(dx, x · i · dy) in float32: dx = i · (g − x · i · mean(g · x · i)), g = dy · weight, i = 1/√(mean x² + eps).
-
-    The second, added up over rows, is the weight's gradient. Both are 0 in rows without a gradient, be x NaN.
-
-    Every step is an operation that IEEE defines or a pinned sum, so that no bit depends on the number of rows.
-    """
-    x, g = pin(x.astype(jnp.float32)), pin(dy.astype(jnp.float32) * weight)
-    size = x.shape[-1]
-    inverse = pin(1.0 / jnp.sqrt((row_sum(pin(x * x)) + size * eps) * (1.0 / size)))
-    normal = pin(x * inverse)
-    mean = row_sum(pin(g * normal)) * (1.0 / size)
-    dx = pin((g - pin(normal * mean)) * inverse)
-    live = live_rows(dy)
-    return jnp.where(live, dx, 0), pin(jnp.where(live, normal * dy.astype(jnp.float32), 0))
+    gradient = registry.load_backward("rms_norm", backend).rms_norm
+    dx, total = gradient(x, value_of(weight), sum_so_far(weight), dy, eps)
+    return dx, cotangent(weight, total)
