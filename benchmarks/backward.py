@@ -31,6 +31,7 @@ from pallas_kernels.matmul.activation_sm90 import before_activation
 from pallas_kernels.matmul.backward_sm90 import Tile
 from pallas_kernels.matmul.op import gated_matmul
 from pallas_kernels.numerics import GRADIENT_ROWS
+from pallas_kernels.rms_norm.backward_sm90 import rms_norm as norm_gradient
 
 PRODUCTS = {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}
 ROWS = (8192, 1024, 2048, 64)
@@ -266,11 +267,31 @@ def bits():
     for some in (1, 64, 130, 1000):
         yield compare(f"dx, {some} rows", dx(dy[:some], w, k), through[:some])
     yield from _gated_bits(x, compare)
+    yield from _norm_bits(compare)
     for dim in (64, 96, 128, 256):
         for option in ({}, {"window": 200}, {"soft_cap": 30.0}):
             yield from _attention_bits(
                 dim, {"scale": dim**-0.5, "window": None, "soft_cap": None} | option, compare
             )
+
+
+def _norm_bits(compare):
+    """RMSNorm's gradient: hidden states, and query heads of which 32 belong together."""
+    for rows, size, each in ((2048, 4096, 1), (1024 * 32, 128, 32)):
+        x, dy = normal(0, rows, size), normal(1, rows, size)
+        weight, start = 1 + normal(2, size, dtype=jnp.float32), normal(3, size, dtype=jnp.float32)
+        call, what = jax.jit(functools.partial(norm_gradient, eps=1e-6, each=each)), f"norm of {size}"
+        whole, total = call(x, weight, start, dy), start
+        for first in range(0, rows, 256 * each):
+            here = slice(first, first + 256 * each)
+            part, total = call(x[here], weight, total, dy[here])
+            yield compare(f"{what}, rows from {first}", part, whole[0][here])
+        yield compare(f"{what}, sums of cuts", total, whole[1])
+        yield compare(f"{what}, other rows", call(x[::-1], weight, start, dy[::-1]), whole, control=True)
+        dead = jnp.arange(rows)[:, None] % 3 == 1
+        still = jnp.where(dead, 0, dy)
+        clean, hit = (call(jnp.where(dead, bad, x), weight, start, still) for bad in (1, jnp.nan))
+        yield compare(f"{what}, NaN in rows without a gradient", hit, clean)
 
 
 def _gated_bits(x, compare):
