@@ -40,12 +40,7 @@ TILES = [
     for groups, wide in ((2, 256), (2, 192), (2, 128), (3, 128))
     for band in (4, 8, 16)
 ]
-TILES += [
-    Tile(prefetch=every, staged=staged)
-    for staged in (False, True)
-    for every in (0, 2, 4, 8)
-    if (every, staged) != (4, False)
-]
+TILES += [Tile(prefetch=every) for every in (0, 2, 8)]
 LENGTHS = ((1, 2048), (1, 8192), (16, 512), (64, 128))
 """(sequences, tokens each) of one micro-batch."""
 

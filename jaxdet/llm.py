@@ -308,7 +308,7 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
-        """Yields the request's output after every token; `.outputs[0].text` grows to `generate`'s text.
+        """Yields the request's output after every dispatch; `.outputs[0].text` grows to `generate`'s text.
 
         The request ends when the loop over it does. Other requests go on meanwhile.
         """
@@ -467,7 +467,7 @@ class _Watched:
 
 
 def _steps_at_once(network: DecoderLM) -> int:
-    """More the sooner a step is over than the host has prepared it: a step takes the time to read the weights."""
+    """The host needs some milliseconds to prepare a step, the device as long as it takes to read the weights."""
     size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(network)))
     return 8 if size < 1e9 else 4 if size < 4e9 else 1
 

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 __all__ = [
     "add_rounded",
     "count_up",
+    "drain",
     "fused_multiply_add",
     "gpu_interpreter",
     "interpreting",

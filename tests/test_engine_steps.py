@@ -11,6 +11,8 @@ from engine_runs import PAGES, REQUESTS, bits, compiled, fill_cache, finish, mod
 from engine_runs import tokens as random_tokens
 
 from jaxdet.engine import batch as arrays
+from jaxdet.engine.engine import _take_steps
+from jaxdet.engine.scheduler import Part
 from jaxdet.engine.step import Step
 from jaxdet.models.layers import Batch
 from jaxdet.sampling_params import SamplingParams
@@ -140,6 +142,15 @@ def test_error_in_the_midst(model, alone):
     finish(engine)
     assert victim.finish_reason == "error" and taken[STEPS]
     assert [s.output for s in others] == [alone[i][0] for i in (3, 4)]
+
+
+@pytest.mark.parametrize("bad", range(STEPS))
+def test_an_error_after_some_steps(model, bad):
+    engine, _ = engine_of(model)
+    (sequence,) = engine.add(*free(2, max_tokens=9))
+    part = Part(sequence, 0, 1, [], True, STEPS)
+    _take_steps(part, 1, [[7, 20 + i] for i in range(STEPS)], [[True, i != bad] for i in range(STEPS)])
+    assert (sequence.output, sequence.finish_reason) == ([20 + i for i in range(bad)], "error")
 
 
 def test_caches(model):

@@ -56,8 +56,8 @@ def one_cta(monkeypatch):
 @pytest.mark.parametrize(
     "tile",
     [
-        Tile(staged=True),
-        pytest.param(Tile(), marks=pytest.mark.slow),
+        Tile(),
+        pytest.param(Tile(wide=64), marks=pytest.mark.slow),
         pytest.param(Tile(groups=1, wide=64), marks=pytest.mark.slow),
     ],
     ids=repr,
@@ -205,7 +205,7 @@ def test_gradients_of_the_ops_are_close_to_float64():
 
 TILES = [
     Tile(),
-    Tile(staged=True),
+    Tile(wide=192),
     Tile(groups=1, prefetch=0),
     Tile(groups=3, wide=192),
     Tile(groups=2, wide=128),
@@ -244,6 +244,28 @@ def test_the_first_pass_under_checkpoint_saves_nothing(remat):
     found = re.findall(r"matmul_128x128_mosaic_gpu.* -> (.*)", lowered.as_text())
     saving = "(tensor<64x64xbf16>, tensor<64x128xbf16>)"
     assert found == (["tensor<64x64xbf16>", saving] if remat else [saving])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_lower_for_cuda_with_64_bit_numbers_on(gated):
+    """`jax_enable_x64` is the user's: the kernels count in int32 all the same."""
+    x, packed = (
+        jax.ShapeDtypeStruct((256, 192), jnp.bfloat16),
+        jax.ShapeDtypeStruct((3, 256, 64), jnp.bfloat16),
+    )
+
+    def f(x, packed):
+        if gated:
+            return gated_matmul(x, packed, n=128, activation="silu", backend="mosaic_gpu")
+        return matmul(x, packed, n=256, backend="mosaic_gpu")
+
+    def step(x, packed):
+        y, pull = jax.vjp(f, x, packed)
+        return pull(y)
+
+    with jax.enable_x64(True):
+        program = jax.jit(step).trace(x, packed).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"{name}_" in program for name in ("matmul", "dw", "dx"))
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class Engine:
     """Continuous batching over a paged KV cache.
 
     While the device runs a step, the host prepares the next one: a token goes from step to step on the device, and
-    the host sees it one step later. A sequence that turns out to have ended has then run one step too many, which
+    the host sees it one step later. A sequence that turns out to have ended has then run some steps too many, which
     nobody sees.
 
     Args:

@@ -19,22 +19,12 @@ from jax import export
 import jaxdet.models
 import pallas_kernels
 from jaxdet.files import write_whole
-from jaxdet.models.layers import Batch
 from pallas_kernels.backend import platform_key
-from pallas_kernels.sample.op import Adjustments, SamplingRows
 
 KERNELS = ("mosaic_gpu_v2",)
 """Custom calls that an export must be allowed to hold."""
 SOURCES = (jaxdet.models, pallas_kernels)
 """Packages whose code decides what a program is, beside the file that calls `lower`."""
-
-for cls in (Batch, SamplingRows, Adjustments):
-    export.register_pytree_node_serialization(
-        cls,
-        serialized_name=f"{cls.__module__}.{cls.__name__}",
-        serialize_auxdata=lambda _: b"",  # their fields are all arrays
-        deserialize_auxdata=lambda _: (),
-    )
 
 
 def folder(backend: str) -> Path | None:

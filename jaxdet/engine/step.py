@@ -132,6 +132,7 @@ class Step:
             batch.tokens.shape,
             batch.row_tables.shape,
             batch.tables.shape,
+            batch.query_alignment,
             cache[0][0].shape,
             last_tokens.shape,
         )
@@ -252,7 +253,7 @@ def _decode(graph, tree, backend, weights, cache, last_tokens, told, *, layout: 
     feed, batch, counts, rows, slots = unpack(told, layout)
     fed = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-    tables, row = jnp.asarray(batch.row_tables), jnp.arange(batch.rows)
+    tables, row = batch.row_tables, jnp.arange(batch.rows)
 
     def one(step, state):
         cache, tokens, found, usable = state

@@ -19,11 +19,11 @@ from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import token_logprobs
 
 HEAD_ROWS = {"xla": 512, "mosaic_gpu": 2048, "mosaic_tpu": 512}
-"""Most rows of logits alive at once: each block of them reads the whole LM head, and reads and writes the float32 sum
+"""Most rows of a block of logits: each block reads the whole LM head, and reads and writes the float32 sum
 of its gradient, which takes Hopper longer than the product of 512 rows."""
 KEEP_LOGITS = {"mosaic_gpu"}
-"""Where the backward pass finds the logits, 4 bytes a token and word, unless layers are rematerialised; elsewhere it
-computes them again."""
+"""Where the backward pass finds the logits, 4 bytes for every word at every token, unless layers are rematerialised;
+elsewhere it computes them again, a block at a time."""
 
 
 def logprobs(model: DecoderLM, micro: MicroBatch, *, remat: bool = False) -> Float[Array, " T"]:

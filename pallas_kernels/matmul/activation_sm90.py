@@ -1,8 +1,8 @@
 """The gated product's activation backwards, on Hopper: one pass over gate, up and the result's gradient.
 
 In float32: d_gate = dy · up · act′(gate) and d_up = dy · act(gate), each rounded once; 0 where dy is 0, be the others
-NaN, so that rows without a gradient stay such. Every value depends on three
-others alone, and every sum of a product is one FMA, so that no bit depends on where a row is.
+NaN, so that rows without a gradient stay such. Every value depends on three others alone, and every sum of a product is
+one FMA, so that no bit depends on where a row is.
 """
 
 import functools

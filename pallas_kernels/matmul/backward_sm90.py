@@ -39,9 +39,6 @@ class Tile:
     """Tiles of the wide axis that go together, so that what they read stays in L2."""
     prefetch: int = 4
     """Of dw: steps from one part of the next tile's sums (64 k wide) that is brought to L2 to the next; 0: none is."""
-    staged: bool = True
-    """Of dw: the sums come through the ring, ahead of what is added to them; where a stage has no room for 64 k of
-    them, and without, into registers."""
 
 
 def matmul(_kernel, x, packed, total, dy, _n):
@@ -77,11 +74,13 @@ def weight_gradient(total, x, dy, *, tile: Tile = Tile()):
         _divisor(blocks * K_BLOCK, tile.wide),
         tile.groups if columns % (64 * tile.groups) == 0 else 1,
     )
-    staged = tile.staged and wide % 128 == 0 and groups <= wide // 128
+    # The sums come through the ring, ahead of what is added to them, if a stage has room for 64 k of them.
+    staged = wide % 128 == 0 and groups <= wide // 128
     options = groups, wide, tile.band, tile.prefetch, staged, interpreting()
     call = _weight_kernel(x.shape, columns, x.dtype, *options)
     sums = jax.new_ref(total)
-    call(x, dy, live_chunks(dy), sums)
+    with jax.enable_x64(False):  # the kernel's loops count in int32
+        call(x, dy, live_chunks(dy), sums)
     return jax.freeze(sums)
 
 
@@ -98,7 +97,8 @@ def input_gradient(dy, packed, k: int, *, tile: Tile = Tile()):
     rows, dy = dy.shape[0], _padded(dy, columns)
     wide, groups = _divisor(dy.shape[0], tile.wide), tile.groups if blocks % tile.groups == 0 else 1
     call = _input_kernel(dy.shape, blocks, dy.dtype, groups, wide, tile.band, interpreting())
-    dx = call(packed, dy)
+    with jax.enable_x64(False):
+        dx = call(packed, dy)
     return dx if dx.shape == (rows, k) else dx[:rows, :k]
 
 

@@ -155,7 +155,8 @@ def _product(
         saving,
         interpreting(),
     )
-    return call(x, packed, *extra)
+    with jax.enable_x64(False):  # the kernel's loops count in int32
+        return call(x, packed, *extra)
 
 
 def _transforms(columns: int, itemsize: int):

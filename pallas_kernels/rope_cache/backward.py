@@ -33,11 +33,9 @@ def _through_norm(x, weight, dy, eps, backend):
     if weight is None:
         return dy, None
     _, heads, dim = x.shape
-    gradient, rows = (
-        registry.load_backward("rms_norm", backend).rms_norm,
-        (x.reshape(-1, dim), dy.reshape(-1, dim)),
-    )
-    dx, total = gradient(rows[0], value_of(weight), sum_so_far(weight), rows[1], eps, each=heads)
+    gradient = registry.load_backward("rms_norm", backend).rms_norm
+    x2, dy = x.reshape(-1, dim), dy.reshape(-1, dim)
+    dx, total = gradient(x2, value_of(weight), sum_so_far(weight), dy, eps, each=heads)
     return dx.reshape(x.shape), cotangent(weight, total)
 
 
