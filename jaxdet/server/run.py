@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 from jaxdet.grammar import JsonGrammars
 from jaxdet.llm import LLM
@@ -59,15 +58,17 @@ def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int
     # The main thread only waits: it could not heed a signal while it is in a step.
     engine = threading.Thread(target=host_of(llm, connection).run, name="engine", daemon=True)
     engine.start()
-    with _forwarding(process):
-        status = process.wait()
+    _forward_signals(process)
+    status = process.wait()
     engine.join(BACKSTOP_SECONDS)
     return 0 if status in (0, -signal.SIGTERM, -signal.SIGINT) else 1
 
 
-@contextlib.contextmanager
-def _forwarding(process: subprocess.Popen) -> Iterator[None]:
-    """Signals that end the server go to the process that knows of requests: the second Ctrl-C doesn't let them end."""
+def _forward_signals(process: subprocess.Popen) -> None:
+    """Signals that end the server go to the process that knows of requests: the second Ctrl-C doesn't let them end.
+
+    It stays so until this process is gone: a signal that comes when all is over must not change its exit status.
+    """
     told: list[int] = []
 
     def forward(number: int, _: object) -> None:
@@ -75,9 +76,5 @@ def _forwarding(process: subprocess.Popen) -> Iterator[None]:
         told.append(number)
         process.send_signal(signal.SIGINT if again else signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
