@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the card
 
@@ -57,17 +58,26 @@ L2_BYTES = 60e6
 HEADS, KV_HEADS, DIM, VOCAB = 32, 8, 128, 151936
 
 
-def kernel_times(f, operands, repeats: int) -> list[list[float]]:
-    """Per round over `operands`, a list of argument tuples, the microseconds of every kernel of every call."""
-    jax.block_until_ready([f(*arguments) for arguments in operands])
+def cupti_times(run: Callable[[], object]) -> list[tuple[str, float]]:
+    """(name, milliseconds) of every kernel that `run` starts and waits for."""
     from jax._src.lib import mosaic_gpu  # only where there is a GPU
 
     cupti = mosaic_gpu._mosaic_gpu_ext
     cupti._cupti_init()
-    for _ in range(repeats):
-        for arguments in operands:
-            jax.block_until_ready(f(*arguments))
-    times = [ms * 1e3 for _, ms in cupti._cupti_get_timings(True)]
+    run()
+    return cupti._cupti_get_timings(True)
+
+
+def kernel_times(f, operands, repeats: int) -> list[list[float]]:
+    """Per round over `operands`, a list of argument tuples, the microseconds of every kernel of every call."""
+    jax.block_until_ready([f(*arguments) for arguments in operands])
+
+    def run():
+        for _ in range(repeats):
+            for arguments in operands:
+                jax.block_until_ready(f(*arguments))
+
+    times = [ms * 1e3 for _, ms in cupti_times(run)]
     kernels = len(times) // repeats
     if not kernels or len(times) != kernels * repeats:
         raise RuntimeError(f"{len(times)} kernels in {repeats} rounds")

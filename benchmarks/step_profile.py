@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from kernels import gpu_us, normal
+from kernels import cupti_times, gpu_us, normal
 
 from jaxdet.models.layers import Batch
 from jaxdet.testing import QWEN3_8B, random_model
@@ -81,10 +81,6 @@ def limit_us(name: str, rows: int, kind: str, keys: int, rate: float, flops: flo
 
 def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
     assert jax.default_backend() == "gpu", "needs a Hopper GPU"
-    from jax._src.lib import mosaic_gpu  # only where there is a GPU
-
-    cupti = mosaic_gpu._mosaic_gpu_ext
-
     big, square = normal(0, 2**14, 2**15), normal(0, 8192, 8192)
     rate = big.nbytes / gpu_us(jax.jit(functools.partial(jnp.max, axis=1)), [(big,)], 5)
     flops = 2 * 8192**3 / gpu_us(jax.jit(jnp.dot), [(square, square)], 5)
@@ -124,10 +120,8 @@ def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
         begin = time.time()
         cache = run(count, cache)
         wall = (time.time() - begin) / count * 1e6
-        cupti._cupti_init()
-        cache = run(count, cache)
         kernels = collections.defaultdict(list)
-        for name, ms in cupti._cupti_get_timings(True):
+        for name, ms in cupti_times(functools.partial(run, count, cache)):
             kernels[name.removesuffix("_kernel").removesuffix("_mosaic_gpu")].append(ms * 1e3)
         del cache
         total = sum(map(sum, kernels.values())) / count

@@ -184,7 +184,7 @@ class Ours:
                 "forward": lambda: jit(forward).lower(state, *whole),
                 "accumulate": lambda: added.lower(state, sums, *whole),
                 "accumulate half": lambda: added.lower(state, sums, *halves),
-                "update": lambda: optimize.update.lower(  # type: ignore
+                "update": lambda: optimize.update.lower(  # type: ignore  # jitted, which its type doesn't say
                     work.optimizer, MAX_GRAD_NORM, masters, moments, sums
                 ),
                 "zeros": lambda: jax.jit(GradientSums.zeros).lower(masters),
@@ -435,13 +435,10 @@ def measure(side: Ours | Plain, repeats: int) -> dict[str, Any]:
 
 def kernels(side: Ours | Plain) -> list[dict[str, Any]]:
     """What a step's kernels take by CUPTI, numbered ones of a name together, the longest first."""
-    from jax._src.lib import mosaic_gpu  # only where there is a GPU
+    from kernels import cupti_times  # not above: it sets how JAX takes memory
 
-    cupti: Any = mosaic_gpu._mosaic_gpu_ext  # type: ignore
     groups = collections.defaultdict(list)
-    cupti._cupti_init()
-    one_step(side)
-    for name, ms in cupti._cupti_get_timings(True):
+    for name, ms in cupti_times(functools.partial(one_step, side)):
         groups[re.sub(r"(_mosaic_gpu)?(_kernel)?([._]\d+)*$", "", name)].append(ms)
     rows = [{"kernel": name, "launches": len(ms), "ms": sum(ms)} for name, ms in groups.items()]
     return sorted(rows, key=lambda row: -row["ms"])

@@ -360,12 +360,18 @@ class Engine:
 
     def _dispatch(self, plan: Plan) -> Flight:
         started = time.perf_counter()
-        step = self.step_fn
         rows = sum(part.count for part in plan.rows)
         bucket = self.buckets.fit(rows, sum(part.count for part in plan.chunks), len(plan.chunks))
         batch, feed = arrays.model_batch(plan, bucket, self._table)
-        if plan.steps > 1:
-            return Flight(plan, bucket, self._decode(plan, bucket, batch, feed), started)
+        compute = self._decode if plan.steps > 1 else self._run
+        out = compute(plan, bucket, batch, feed)
+        for array in jax.tree.leaves(out):
+            array.copy_to_host_async()
+        return Flight(plan, bucket, out, started)
+
+    def _run(self, plan: Plan, bucket: Bucket, batch: Batch, feed: np.ndarray) -> StepOutput:
+        """One step of any kind."""
+        step = self.step_fn
         hidden, logits, self._cache = step.run(self._cache, self._last_tokens, feed, batch)
         if self._drafter:
             self._drafter.follow(batch)
@@ -385,20 +391,16 @@ class Engine:
         if scored:
             prompt_logprobs = step.score(hidden, arrays.targets(plan, bucket), top=top)
         kept = logits if any(part.sequence.keep_logits for part, _ in chosen) else None
-        out = StepOutput(tokens, usable, kept, logprobs, prompt_logprobs)
-        for array in jax.tree.leaves(out):
-            array.copy_to_host_async()
-        return Flight(plan, bucket, out, started)
+        return StepOutput(tokens, usable, kept, logprobs, prompt_logprobs)
 
     def _decode(self, plan: Plan, bucket: Bucket, batch: Batch, feed: np.ndarray) -> StepOutput:
+        """Several steps in a row."""
         chosen = arrays.sampled(plan, bucket)
         sampling = arrays.sampling_rows(chosen, bucket.rows)
         counts, slots = arrays.steps_of(plan, bucket), arrays.slots_of(chosen, bucket.rows, self._slots)
         tokens, usable, self._last_tokens, self._cache = self.step_fn.decode(
             self._cache, self._last_tokens, feed, batch, counts, sampling, slots, steps=plan.steps
         )
-        for array in (tokens, usable):
-            array.copy_to_host_async()
         return StepOutput(tokens, usable, None, None, None)
 
     def _collect(self, flight: Flight) -> list[Sequence]:

@@ -241,8 +241,7 @@ class Step:
 
 def _model(graph, tree, weights, cache: KVCache, last_tokens, told, *, layout: Layout):
     feed, batch = unpack(told, layout)
-    fed = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
-    batch = batch.with_tokens(jnp.where(feed >= 0, fed, batch.tokens))
+    batch = batch.with_tokens(_fed(last_tokens, feed, batch))
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
     hidden, cache = model(batch, cache)
     last = hidden.at[batch.last_rows()].get(mode="promise_in_bounds")
@@ -251,7 +250,6 @@ def _model(graph, tree, weights, cache: KVCache, last_tokens, told, *, layout: L
 
 def _decode(graph, tree, backend, weights, cache, last_tokens, told, *, layout: Layout, steps: int):
     feed, batch, counts, rows, slots = unpack(told, layout)
-    fed = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
     tables, row = batch.row_tables, jnp.arange(batch.rows)
 
@@ -276,12 +274,18 @@ def _decode(graph, tree, backend, weights, cache, last_tokens, told, *, layout: 
     shape = steps, batch.rows
     state = (
         cache,
-        jnp.where(feed >= 0, fed, batch.tokens),
+        _fed(last_tokens, feed, batch),
         jnp.zeros(shape, jnp.int32),
         jnp.zeros(shape, bool),
     )
     cache, tokens, found, usable = lax.fori_loop(0, steps, one, state)
     return found, usable, last_tokens.at[slots].set(tokens, mode="drop"), cache
+
+
+def _fed(last_tokens, feed, batch: Batch) -> jax.Array:
+    """The batch's tokens, those that only the device knows among them."""
+    sampled = last_tokens.at[jnp.maximum(feed, 0)].get(mode="promise_in_bounds")
+    return jnp.where(feed >= 0, sampled, batch.tokens)
 
 
 def _logits(graph, tree, weights, hidden) -> jax.Array:

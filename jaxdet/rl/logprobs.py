@@ -56,11 +56,9 @@ def _head_backward(static, operands, kept, d_logprob):
         def logits_of(gradient, hidden):
             return head_logits(Trained(value_of(head), gradient), hidden, config, backend)
 
-        def logprobs_of(logits):
-            return token_logprobs(logits, targets, top=1, backend=backend)[0]
-
         logits, pull = jax.vjp(logits_of, sum, hidden)  # no product if nobody reads its result
-        (d_logits,) = jax.vjp(logprobs_of, logits if kept is None else kept)[1](d_logprob)
+        logits = logits if kept is None else kept
+        (d_logits,) = jax.vjp(lambda x: _of_targets(x, targets, backend), logits)[1](d_logprob)
         return pull(d_logits)
 
     total, size, rows = sum_so_far(head), _block_size(hidden, backend), (hidden, targets, d_logprob)
@@ -81,11 +79,8 @@ def _head_saving(static, head, hidden, targets):
     if not keep:
         return _values(static, head, hidden, targets), None
     logits = [head_logits(value_of(head), part, config, backend) for part in _blocks(hidden, size)]
-    found = [
-        token_logprobs(part, few, top=1, backend=backend)[0]
-        for part, few in zip(logits, _blocks(targets, size), strict=True)
-    ]
-    return jnp.concatenate(found), logits
+    pairs = zip(logits, _blocks(targets, size), strict=True)
+    return jnp.concatenate([_of_targets(*pair, backend) for pair in pairs]), logits
 
 
 def _values(static, head, hidden, targets):
@@ -93,12 +88,16 @@ def _values(static, head, hidden, targets):
 
     def block(_, hidden, targets):
         logits = head_logits(value_of(head), hidden, config, backend)
-        return None, token_logprobs(logits, targets, top=1, backend=backend)[0]
+        return None, _of_targets(logits, targets, backend)
 
     return over_rows(block, None, hidden, targets, size=_block_size(hidden, backend))[1]
 
 
 _head_logprobs = with_gradient(_head_backward, _head_saving)(_values)
+
+
+def _of_targets(logits, targets, backend):
+    return token_logprobs(logits, targets, top=1, backend=backend)[0]
 
 
 def _blocks(x, size: int) -> list:

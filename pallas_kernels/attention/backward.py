@@ -3,18 +3,15 @@
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.backend import resolve
 
 
-def saving(static, *operands):
-    """(attention's result, what its gradient needs besides the operands): nothing, save on Hopper."""
+def forward(static, *operands):
+    """(attention's result, what its gradient wants of it)."""
     scale, window, soft_cap, max_query_len, backend = static
-    *operands, tiles = *operands[:3], *map(jnp.asarray, operands[3:6]), operands[6]
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
-    module = registry.load("attention", backend)
-    if resolve(backend) == "mosaic_gpu":
-        return module.attention_saving(*operands, **options, tiles=tiles)
-    return module.attention(*operands, **options, max_query_len=max_query_len), None
+    operands = *operands[:3], *map(jnp.asarray, operands[3:6]), operands[6]
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "max_query_len": max_query_len}
+    kernel = registry.load("attention", backend)
+    return registry.load_backward("attention", backend).forward(kernel, *operands, **options)
 
 
 def attention(static, operands, saved, d_out):

@@ -34,6 +34,14 @@ STAGES = 2
 PER_QUERY = plgpu.Layout.WGMMA.reduce(0)
 
 
+def forward(
+    kernel, q, k_pages, v_pages, block_tables, query_start, seq_lens, tiles, *, max_query_len, **options
+):
+    """(attention's result, what `attention` here wants of it), by one way whatever `max_query_len` is."""
+    operands = q, k_pages, v_pages, block_tables, query_start, seq_lens
+    return kernel.attention_saving(*operands, **options, tiles=tiles)
+
+
 def attention(
     q, k_pages, v_pages, block_tables, query_start, seq_lens, saved, d_out, *, scale, window, soft_cap
 ):

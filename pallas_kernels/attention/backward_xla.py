@@ -13,6 +13,11 @@ from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.reduce import dot_f32, pin, row_sum
 
 
+def forward(kernel, q, k_pages, v_pages, block_tables, query_start, seq_lens, _tiles, **options):
+    """(the kernel's result, nothing else)."""
+    return kernel.attention(q, k_pages, v_pages, block_tables, query_start, seq_lens, **options), None
+
+
 def attention(q, k_pages, v_pages, block_tables, query_start, seq_lens, _, d_out, *, scale, window, soft_cap):
     """(dq, dk, dv) in the dtypes and shapes of q, k_pages and v_pages; nothing is saved in the forward pass."""
     tokens, heads, dim = q.shape

@@ -78,7 +78,7 @@ def attention(
     return _attention((scale, window, soft_cap, max_query_len, backend), *operands, tiles)
 
 
-@with_gradient(backward.attention, saving=backward.saving)
+@with_gradient(backward.attention, saving=backward.forward)
 def _attention(static, q, k_pages, v_pages, block_tables, query_start, seq_lens, tiles):
     scale, window, soft_cap, max_query_len, backend = static
     return registry.load("attention", backend).attention(
