@@ -78,7 +78,7 @@ def addition(llm: LLM) -> Task:
         for b in range(20):
             asked = f"What is {a} + {b}? Answer with the number only."
             prompts.append(dict(llm.chat_prompt([{"role": "user", "content": asked}]), sum=a + b))
-    return Task(prompts, reward, 16, 2e-6)
+    return Task(prompts, reward, 16, 1e-5)
 
 
 TASKS = {"digits": digits, "addition": addition}
@@ -225,14 +225,15 @@ def run(
     *,
     steps: int,
     seeds: int,
-    **sizes: int,
+    prompts_per_step: int,
+    group_size: int,
 ) -> dict[str, list[list[dict[str, float]]]]:
     """Metrics by variant, seed and step.
 
     Args:
         llm: the checkpoint's model, in bfloat16.
         name: which task.
-        sizes: of `GRPOConfig`, such as prompts_per_step.
+        prompts_per_step, group_size: see `GRPOConfig`.
     """
     first = jax.tree.map(lambda x: jnp.array(x, jnp.float32), llm.params)
     task = TASKS[name](llm)
@@ -241,7 +242,13 @@ def run(
     for variant in variants:
         found[variant] = []
         for seed in range(seeds):
-            config = GRPOConfig(**sizes, max_tokens=task.max_tokens, seed=seed, micro_batch_tokens=2048)
+            config = GRPOConfig(
+                prompts_per_step=prompts_per_step,
+                group_size=group_size,
+                max_tokens=task.max_tokens,
+                seed=seed,
+                micro_batch_tokens=2048,
+            )
             if variant == "jaxdet":
                 llm.update_weights(first)
                 history = GRPO(llm, task.reward, optimizer, config).train(task.prompts, steps)
@@ -307,15 +314,30 @@ def main(
     sizes = dict(prompts_per_step=prompts_per_step, group_size=group_size)
     with tempfile.TemporaryDirectory() as folder:
         source = model or write_tiny_model(Path(folder) / "tiny")
-        checkpoint, llm = open_checkpoint(source), LLM(source, dtype="bfloat16", max_model_len=128)
-        found = run(checkpoint, llm, task, VARIANTS, steps=steps, seeds=seeds, **sizes)
-    result = {"model": model or "tiny", "task": task, "steps": steps, "seeds": seeds} | sizes
-    result |= {"seconds": round(time.perf_counter() - began)} | environment(
-        llm.engine.step_fn.backend, llm.dtype
-    )
-    result |= {"summary": summary(found), "runs": found}
-    out.mkdir(exist_ok=True)
-    (out / "rl-on-policy.json").write_text(json.dumps(result) + "\n")
+        rollouts = prompts_per_step * group_size
+        checkpoint = open_checkpoint(source)
+        llm = LLM(
+            source,
+            dtype="bfloat16",
+            max_model_len=128,
+            max_num_seqs=rollouts,
+            max_num_batched_tokens=512,
+            num_pages=2 * rollouts,  # the rest of the memory is the trainers'
+        )
+        result: dict[str, Any] = {
+            "model": model or "tiny",
+            "task": task,
+            "steps": steps,
+            "seeds": seeds,
+        } | sizes
+        result |= environment(llm.engine.step_fn.backend, llm.dtype)
+        out.mkdir(exist_ok=True)
+        found: dict[str, list[list[dict[str, float]]]] = {}
+        for variant in VARIANTS:  # the last one trains the engine's own weights
+            found |= run(checkpoint, llm, task, [variant], steps=steps, seeds=seeds, **sizes)
+            seconds = round(time.perf_counter() - began)
+            result |= {"seconds": seconds, "summary": summary(found), "runs": found}
+            (out / "rl-on-policy.json").write_text(json.dumps(result) + "\n")
     title = f"{result['model']}, {task}, {seeds} seeds; bfloat16 on {result['device']}"
     plot(found, title, out / "rl-on-policy.png")
     print(json.dumps(result["summary"], indent=1))

@@ -251,7 +251,7 @@ def prompt_order(count: int, per_step: int, step: int, seed: int) -> list[int]:
 
 def objective(
     values: Float[Array, " T"],
-    _: MicroBatch,
+    _: MicroBatch | None,
     old: Float[Array, " T"],
     weight: Float[Array, " T"],
     clip: float,
