@@ -1,25 +1,24 @@
 """A load generator: latency and throughput of `jaxdet serve` beside the offline engine, and whether bits moved.
 
     python benchmarks/serve.py MODEL [--clients 1 8 64] [--requests 128] [--prompt 128] [--output 64] [--backend NAME]
-        [--max-model-len N] [--max-num-batched-tokens N] [--num-pages N] [--out FILE]
+        [--max-model-len N] [--max-num-batched-tokens N] [--num-pages N] [--http-processes N] [--out FILE]
 
-Runs random prompts through `LLM.generate`, all at once, then starts the server's process beside the same LLM and lets
-so many clients at a time, in a third process, stream the same completions. TTFT is from sending a
+Runs random prompts through `LLM.generate`, all at once, then starts the server's HTTP processes beside the same LLM and
+lets so many clients at a time, in as many other processes, stream the same completions. TTFT is from sending a
 request to its first event, inter-token from event to event. Every answer is compared with the offline one. Both sides
-run once unmeasured, so that nothing compiles in between.
+run once unmeasured, so that nothing compiles in between. CPU time a token is that of all HTTP processes, of the
+engine's thread, of the whole process that it is in (on a CPU the model's, too), and of all clients' processes.
 """
 
 import argparse
-import asyncio
 import json
-import multiprocessing
 import os
 import platform
-import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ from jaxdet.llm import LLM
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.server.app import Model, Settings
 from jaxdet.server.http import Serve
-from jaxdet.server.run import host_of, start_http
+from jaxdet.server.listeners import bind, default_processes
+from jaxdet.server.run import host_of, http_processes
 
 
 def requests_of(llm: LLM, count: int, prompt: int) -> list[list[int]]:
@@ -39,78 +39,62 @@ def requests_of(llm: LLM, count: int, prompt: int) -> list[list[int]]:
     return rng.integers(0, llm.tokenizer.vocab_size, (count, prompt)).tolist()
 
 
-def serve(llm: LLM, port: int) -> tuple[subprocess.Popen, threading.Thread]:
-    """The process of `jaxdet serve` that speaks HTTP, and the engine in a thread."""
-    process, connection = start_http(Serve(Model.of(llm), Settings(), "127.0.0.1", port, 5))
-    thread = threading.Thread(target=host_of(llm, connection).run)
-    thread.start()
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return process, thread
-        except ConnectionRefusedError:
-            time.sleep(0.05)
+def cpu_seconds(processes: Sequence[subprocess.Popen], engine: threading.Thread) -> dict[str, float]:
+    """CPU time so far, of HTTP, of the engine and of the process that it is in."""
+    assert engine.ident is not None
+    times = [psutil.Process(process.pid).cpu_times() for process in processes]
+    return {
+        "http": sum(t.user + t.system for t in times),
+        "engine": time.clock_gettime(time.pthread_getcpuclockid(engine.ident)),
+        "engine_process": time.process_time(),
+    }
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def start_clients(count: int) -> list[subprocess.Popen]:
+    command = [sys.executable, Path(__file__).with_name("serve_load.py")]
+    return [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
 
 
-def cpu_seconds(process: subprocess.Popen, thread: threading.Thread) -> tuple[float, float]:
-    """CPU time so far, of HTTP and of the engine."""
-    assert thread.ident is not None
-    times = psutil.Process(process.pid).cpu_times()
-    return times.user + times.system, time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-
-
-def load(*arguments: Any) -> dict[str, Any]:
-    return asyncio.run(_load(*arguments))
-
-
-async def _load(
-    host: str, port: int, model: str, prompts: list[list[int]], output: int, clients: int
+def load(
+    processes: Sequence[subprocess.Popen],
+    port: int,
+    model: str,
+    prompts: list[list[int]],
+    output: int,
+    clients: int,
 ) -> dict[str, Any]:
-    """All prompts, `clients` at a time. What arrives is only noted: reading JSON would take the server's time."""
-    gate = asyncio.Semaphore(clients)
-    arrivals: list[list[tuple[float, bytes]]] = [[] for _ in prompts]
+    """All prompts, `clients` at a time, which are shared out over the processes."""
+    requests = list(enumerate(prompts))
+    used = processes[:clients]
+    for place, process in enumerate(used):
+        job = {
+            "port": port,
+            "model": model,
+            "output": output,
+            "clients": len(range(place, clients, len(used))),
+            "requests": requests[place :: len(used)],
+        }
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+    found = [json.loads(process.stdout.readline()) for process in used if process.stdout is not None]
+    seconds = max(f["ended"] for f in found) - min(f["began"] for f in found)
+    first, between = (np.concatenate([f[name] for f in found]) for name in ("first", "between"))
+    texts = {int(place): text for f in found for place, text in f["texts"].items()}
 
-    async def one(place: int, prompt: list[int]) -> None:
-        body = {"model": model, "prompt": prompt, "max_tokens": output, "seed": place}
-        payload = json.dumps(body | {"stream": True, "ignore_eos": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        async with gate:
-            arrivals[place].append((time.perf_counter(), b""))
-            reader, writer = await asyncio.open_connection(host, port)
-            writer.write(
-                f"{head}Connection: close\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload
-            )
-            while data := await reader.read(2**16):
-                arrivals[place].append((time.perf_counter(), data))
-            writer.close()
-
-    began = time.perf_counter()
-    await asyncio.gather(*(one(*pair) for pair in enumerate(prompts)))
-    seconds = time.perf_counter() - began
-    first, between, texts, count = [], [], [], 0
-    for found in arrivals:
-        times = [when for when, data in found if not data or b"data: " in data]
-        first.append(times[1] - times[0])
-        between += np.diff(times[1:]).tolist()
-        lines = b"".join(data for _, data in found).splitlines()
-        events = [line[6:] for line in lines if line.startswith(b"data: {")]
-        count += len(events)
-        texts.append("".join(json.loads(event)["choices"][0]["text"] for event in events))
-
-    def percentile(values: list[float], p: float) -> float:
+    def percentile(values: np.ndarray, p: float) -> float:
         return round(float(np.percentile(values, p)) * 1e3, 2)
 
     return {
         "tokens_per_second": round(len(prompts) * output / seconds, 1),
-        "tokens_per_event": round(len(prompts) * output / count, 2),
+        "tokens_per_event": round(len(prompts) * output / sum(f["events"] for f in found), 2),
         "ttft_ms": {f"p{p}": percentile(first, p) for p in (50, 99)},
         "between_ms": {f"p{p}": percentile(between, p) for p in (50, 99)},
-        "texts": texts,
+        "cpu": sum(f["cpu"] for f in found),
+        "texts": [texts[place] for place in range(len(prompts))],
     }
 
 
@@ -136,6 +120,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--num-pages", type=int)
+    parser.add_argument("--http-processes", type=int, default=default_processes())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     # Without the prefix cache: prompts are the same in every run.
@@ -153,25 +138,34 @@ def main() -> None:
     offline(llm, prompts, args.output)  # warms up
     best, cpu, expected = offline(llm, prompts, args.output)
 
-    http, engine = serve(llm, port := free_port())
-    rows = []
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # clients get an interpreter of their own
+    listeners = bind("127.0.0.1", 0, args.http_processes)
+    port = listeners[0].getsockname()[1]
+    asked = Serve(Model.of(llm), Settings(), 5)
+    rows, clients_in = [], start_clients(default_processes())
+    with http_processes(listeners, asked) as (http, connections):
+        engine = threading.Thread(target=host_of(llm, connections, asked.settings).run)
+        engine.start()
         for clients in args.clients:
             few = prompts[: max(clients, args.requests * clients // max(args.clients))]
-            asked = "127.0.0.1", port, llm.name, few, args.output, clients
-            pool.apply(load, asked)  # warms up
+            work = clients_in, port, llm.name, few, args.output, clients
+            load(*work)  # warms up
             before = cpu_seconds(http, engine)
-            found = pool.apply(load, asked)
-            used = np.subtract(cpu_seconds(http, engine), before)
-            per_token = [round(seconds / (len(few) * args.output) * 1e6, 1) for seconds in used]
+            found = load(*work)
+            after = cpu_seconds(http, engine)
+            used = {name: after[name] - before[name] for name in after} | {"clients": found.pop("cpu")}
             row = {"clients": clients, "requests": len(few)} | found
-            row["cpu_us_per_token"] = dict(zip(("http", "engine"), per_token, strict=True))
+            row["cpu_us_per_token"] = {
+                name: round(seconds / (len(few) * args.output) * 1e6, 1) for name, seconds in used.items()
+            }
             texts = row.pop("texts")
             row["answers_that_differ"] = sum(a != b for a, b in zip(texts, expected, strict=False))
             rows.append(row)
             print(json.dumps(row), file=sys.stderr)
-    http.terminate()
-    engine.join()
+        for process in (*http, *clients_in):
+            process.terminate()
+        for process in http:
+            process.wait()
+        engine.join()
     report = {
         "model": llm.name,
         "device": jax.devices()[0].device_kind,
@@ -181,6 +175,8 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "prompt": args.prompt,
         "output": args.output,
+        "http_processes": args.http_processes,
+        "client_processes": len(clients_in),
         "load_average": os.getloadavg()[0],
         "offline_tokens_per_second": round(best, 1),
         "offline_cpu_us_per_token": round(cpu * 1e6, 1),

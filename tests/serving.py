@@ -21,6 +21,7 @@ from openai import AsyncOpenAI, OpenAI
 from jaxdet.llm import LLM
 from jaxdet.server import http
 from jaxdet.server.app import Model, Settings, create_app
+from jaxdet.server.listeners import bind, url_of
 from jaxdet.server.run import host_of
 
 KEY = "a-key-of-the-tests"
@@ -58,9 +59,12 @@ class Server(Served):
         self.llm = llm
         here, there = socket.socketpair()
         app = create_app(Model.of(llm), there, settings, on_lost=lambda: None)
-        config = uvicorn.Config(app, port=0, log_level="warning")
+        config = uvicorn.Config(app, log_level="warning")
         self._server = http.Server(config, app, patience=settings.stall_timeout, drain=60)
-        self._threads = [threading.Thread(target=run) for run in (host_of(llm, here).run, self._server.run)]
+        self._listeners = bind("127.0.0.1", 0, 1)
+        self._url = url_of(self._listeners[0])
+        runs = host_of(llm, [here], settings).run, lambda: self._server.run(self._listeners)
+        self._threads = [threading.Thread(target=run) for run in runs]
 
     def __enter__(self) -> "Server":
         for thread in self._threads:
@@ -68,8 +72,7 @@ class Server(Served):
         while not self._server.started:
             assert self._threads[1].is_alive()
             time.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self._connect(f"http://127.0.0.1:{port}")
+        self._connect(self._url)
         return self
 
     def __exit__(self, *_: object) -> None:

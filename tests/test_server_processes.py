@@ -1,7 +1,6 @@
-"""The engine's process and HTTP's: one that lags costs the other nothing, and neither outlives the other."""
+"""The engine's process and HTTP's: one that lags costs the other nothing, and none outlives another."""
 
 import asyncio
-import functools
 import os
 import signal
 import socket
@@ -26,9 +25,10 @@ from jaxdet.server.app import Model, Settings
 from jaxdet.server.client import EngineClient, Job
 from jaxdet.server.host import EngineHost
 from jaxdet.server.http import Serve
+from jaxdet.server.listeners import bind, url_of
 from jaxdet.server.messages import Ask, Close, Grown, Open, Opened, Refused, Told, pack, receive
 from jaxdet.server.metrics import Metrics
-from jaxdet.server.run import host_of, start_http
+from jaxdet.server.run import host_of, http_processes
 from jaxdet.testing import byte_tokenizer, write_tiny_model
 
 LONG = {"model": "tiny", "prompt": "The sea is", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
@@ -67,7 +67,7 @@ class Peer:
 
 @pytest.fixture
 def peer(llm):
-    peer = Peer(functools.partial(host_of, llm))
+    peer = Peer(lambda connection: host_of(llm, [connection], Settings()))
     yield peer
     peer.close()
 
@@ -85,7 +85,7 @@ def test_the_engine_does_not_wait_for_a_reader_that_lags(llm, peer):
     reasons = {}
     while len(reasons) < 3:
         message = peer.receive()
-        assert isinstance(message, Grown) and message.healthy
+        assert isinstance(message, Grown)
         words += 1
         for number, new, growth in message.sequences:
             tokens[number] += new
@@ -147,7 +147,7 @@ def test_a_slow_grammar_holds_nobody_up(llm):
         assert ready.wait(60)
         return grammars.start(*grammar)
 
-    peer = Peer(lambda connection: EngineHost(llm.engine, start, connection))
+    peer = Peer(lambda connection: EngineHost(llm.engine, start, [connection], capacity=4))
     params = SamplingParams(max_tokens=200)
     rules = Grammar(grammars.of_schema({"type": "boolean"}), "json_schema")
     peer.send(Open(0, [[5, 6]], params, rules))
@@ -190,21 +190,13 @@ def test_http_starts_with_a_large_tokenizer_and_in_any_folder(llm, tmp_path, mon
     tokenizer = byte_tokenizer()
     tokenizer.backend.add_tokens([f"token {number}" for number in range(50_000)])
     model = Model.of(llm)._replace(tokenizer=tokenizer)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    asked = Serve(model, Settings(), "127.0.0.1", port, 1)
+    asked = Serve(model, Settings(), 1)
     assert len(pack(asked)) > 2**20
-    process, connection = start_http(asked)
-    with connection:
-        for _ in range(600):
-            try:
-                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-                break
-            except httpx.ConnectError:
-                assert process.poll() is None
-                time.sleep(0.1)
-        connection.shutdown(socket.SHUT_RDWR)
-    assert process.wait(60) == 1
+    url = url_of((listeners := bind("127.0.0.1", 0, 1))[0])
+    with http_processes(listeners, asked) as ((process,), (connection,)):
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        connection.close()
+        assert process.wait(60) == 1
 
 
 def test_jobs_that_are_not_open_yet_can_time_out(llm):
@@ -219,38 +211,41 @@ def test_jobs_that_are_not_open_yet_can_time_out(llm):
         await client.start()
         with pytest.raises(ApiError, match=r"more than 0\.1 s"):
             await client.open(Job([{"prompt_token_ids": [1]}], SamplingParams()))
-        assert client.open_sequences == 0
-        asked = asyncio.create_task(client.stats())
+        asked = asyncio.create_task(client.ask())
         await asyncio.sleep(0.01)
         client.cut_off()
-        there.sendall(pack(Told(llm.stats())))
-        assert await asked == llm.stats()
-        asked = asyncio.create_task(client.stats())
+        there.sendall(pack(told := Told(llm.stats(), 0)))
+        assert await asked == told
+        asked = asyncio.create_task(client.ask())
         await asyncio.sleep(0.01)
         there.sendall(pack("nonsense")[:-3])
         there.close()
         with pytest.raises(ApiError, match="the engine has stopped"):
             await asked
-        assert lost and not client.healthy
+        assert lost and not client.state.healthy
         await client.stop()
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("victim", ["http", "engine"])
-def test_neither_process_outlives_the_other(folder, tmp_path, victim):
-    process = Process(folder, tmp_path / "log", "--served-model-name", "tiny", "--max-model-len", "2048")
+def test_no_process_outlives_another(folder, tmp_path, victim):
+    options = ("--served-model-name", "tiny", "--max-model-len", "2048", "--http-processes", "2")
+    process = Process(folder, tmp_path / "log", *options)
     main = psutil.Process(process.pid)
-    (http,) = [child for child in main.children() if "jaxdet.server.http" in child.cmdline()]
+    http = [child for child in main.children() if "jaxdet.server.http" in child.cmdline()]
     stream = iter(process.client.completions.create(**LONG, stream=True))
     next(stream)
-    os.kill(http.pid if victim == "http" else main.pid, signal.SIGKILL)
+    (asked,) = [
+        child for child in http if any(c.status == "ESTABLISHED" for c in child.net_connections("tcp"))
+    ]
+    os.kill(asked.pid if victim == "http" else main.pid, signal.SIGKILL)
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         list(stream)
     status = process.wait()
     assert status == (1 if victim == "http" else -signal.SIGKILL), process.log.read_text()
-    psutil.wait_procs([http], timeout=60)
-    assert not http.is_running()
+    psutil.wait_procs(http, timeout=60)
+    assert len(http) == 2 and not any(child.is_running() for child in http)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{process.url}/health", headers={"Authorization": f"Bearer {KEY}"})
     if victim == "engine":

@@ -28,6 +28,10 @@ def serve(
     stall_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds that a client may take nothing, or be out of reach.")
     ] = 30.0,
+    http_processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="On one port; by default one for every 4 CPU cores, at least 1, at most 4."),
+    ] = None,
     drain: Annotated[int, typer.Option(help="Seconds that requests have to end after SIGTERM.")] = 60,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Web pages that may use the server; may be repeated.")
@@ -40,6 +44,7 @@ def serve(
     """An OpenAI-compatible server; SIGTERM lets running requests end first."""
     try:
         from jaxdet.server.app import Settings
+        from jaxdet.server.listeners import bind, default_processes
         from jaxdet.server.run import run_server
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}; pip install 'jaxdet[serve]'") from None
@@ -54,6 +59,9 @@ def serve(
         allow_origins=allow_origin or (),
         log_prompts=log_prompts,
     )
+    listeners = bind(
+        host, port, http_processes or default_processes()
+    )  # before the model, which takes a while
     llm = LLM(
         model,
         dtype=dtype,
@@ -62,4 +70,4 @@ def serve(
         max_num_seqs=max_num_seqs,
         seed=seed,
     )
-    raise typer.Exit(run_server(llm, settings, host=host, port=port, drain=drain))
+    raise typer.Exit(run_server(llm, settings, listeners, drain=drain))

@@ -143,7 +143,7 @@ def create_app(
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        body = metrics.render(await engine.stats(), engine.open_sequences)
+        body = metrics.render(await engine.ask())
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
@@ -222,11 +222,11 @@ class _Service:
         return {"prompt": await run_in_threadpool(decode, body.tokens)}
 
     async def health(self) -> JSONResponse:
-        return _state(self._engine.healthy)
+        return _state(self._engine.state.healthy)
 
     async def ready(self) -> JSONResponse:
         """Whether another request would be taken now."""
-        return _state(self._engine.healthy and self._engine.open_sequences < self._engine.capacity)
+        return _state(self._engine.state.healthy and not self._engine.state.full)
 
     async def _answer(self, task: Task, body: Sampling, http: Request) -> Any:
         if self._settings.log_prompts:

@@ -15,7 +15,6 @@ import numpy as np
 from jaxdet.api.errors import ApiError
 from jaxdet.api.reader import Grammar
 from jaxdet.engine.sequence import Entry
-from jaxdet.engine.stats import EngineStats
 from jaxdet.outputs import RequestOutput, ScoreOutput
 from jaxdet.request import Request
 from jaxdet.sampling_params import SamplingParams
@@ -24,11 +23,13 @@ from jaxdet.server.messages import (
     Ask,
     Close,
     Failed,
+    Full,
     Grown,
     Growth,
     Open,
     Opened,
     Refused,
+    State,
     Told,
     pack,
     unpack,
@@ -126,7 +127,7 @@ class EngineClient:
     Args:
         connection: a stream socket with an `EngineHost` at its other end.
         tokenizer: the model's.
-        capacity: sequences that may run or wait; more are turned away.
+        capacity: sequences that may run or wait in the engine, whoever asked for them.
         timeout: seconds that a job may take; then its updates end with an error.
         on_lost: called if the engine goes away by itself.
     """
@@ -142,20 +143,19 @@ class EngineClient:
         on_lost: Callable[[], None],
     ):
         self._connection, self._tokenizer, self._metrics = connection, tokenizer, metrics
-        self.capacity, self._timeout, self._on_lost = capacity, timeout, on_lost
-        self.open_sequences = 0
-        self.healthy = False
-        """Whether the engine is there and works."""
+        self._capacity, self._timeout, self._on_lost = capacity, timeout, on_lost
+        self.state = State(healthy=False)
+        """Whether the engine is there and works, and whether there is room."""
         self._jobs: dict[Job, None] = {}
         self._live: dict[int, _Live] = {}
         self._next = 0
-        self._asked: collections.deque[asyncio.Future[EngineStats]] = collections.deque()
+        self._asked: collections.deque[asyncio.Future[Told]] = collections.deque()
         self._seen: dict[Request[_Sequence], float] = {}
         """When each request last got a token."""
 
     async def start(self) -> None:
         reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
-        self.healthy = True
+        self.state = State()
         self._task = asyncio.create_task(self._listen(reader))
 
     async def stop(self) -> None:
@@ -171,23 +171,15 @@ class EngineClient:
             ApiError: too much waits already, or would ever fit, or the engine is gone.
             ValueError: the engine refuses a prompt.
         """
-        if job.size > self.capacity:
+        if job.size > self._capacity:
             raise ApiError(
                 400,
-                f"the request asks for {job.size} sequences and at most {self.capacity} fit; ask for fewer",
-            )
-        if self.open_sequences + job.size > self.capacity:
-            raise ApiError(
-                429,
-                f"{self.open_sequences} of {self.capacity} sequences are taken; try again later",
-                code="queue_full",
-                headers={"Retry-After": "1"},
+                f"the request asks for {job.size} sequences and at most {self._capacity} fit; ask for fewer",
             )
         if self._task.done():
             raise _gone()
         loop = asyncio.get_running_loop()
         first, self._next = self._next, self._next + job.size
-        self.open_sequences += job.size
         self._jobs[job] = None
         late = f"the answer took more than {self._timeout:g} s; ask for fewer tokens or try again later"
         job.timer = loop.call_later(self._timeout, job.fail, ApiError(503, late))
@@ -215,7 +207,6 @@ class EngineClient:
         if not job.closed:
             job.closed = True
             job.timer.cancel()
-            self.open_sequences -= job.size
             del self._jobs[job]
             self._end([s for request in job.requests for s in request.sequences], reason="abort")
             for request in job.requests:
@@ -254,8 +245,8 @@ class EngineClient:
                 left -= done
             yield updates
 
-    async def stats(self) -> EngineStats:
-        """The engine's, between two of its steps.
+    async def ask(self) -> Told:
+        """What the engine has done, between two of its steps.
 
         Raises:
             ApiError: it is gone.
@@ -290,13 +281,13 @@ class EngineClient:
             log.exception("what the engine said can't be read")
             self._on_lost()
         finally:
-            self.healthy = False
+            self.state = State(healthy=False)
             for job in self._jobs:
                 job.fail(_gone())
             for answer in self._asked:
                 _refuse(answer, _gone())
 
-    def _take(self, message: Grown | Opened | Refused | Failed | Told) -> None:
+    def _take(self, message: Grown | Opened | Refused | Full | Failed | Told | State) -> None:
         match message:
             case Grown():
                 self._take_tokens(message)
@@ -306,16 +297,27 @@ class EngineClient:
             case Refused():
                 if (live := self._live.get(message.first)) is not None:
                     _refuse(live.job.accepted, message.error)
+            case Full():
+                if (live := self._live.get(message.first)) is not None:
+                    _refuse(live.job.accepted, self._turned_away(message.taken))
             case Failed():
-                self.healthy = False
                 for number in message.numbers:
                     if (live := self._live.pop(number, None)) is not None:
                         live.job.fail(RuntimeError("the engine failed"))
             case Told():
-                _resolve(self._asked.popleft(), message.stats)
+                _resolve(self._asked.popleft(), message)
+            case State():
+                self.state = message
+
+    def _turned_away(self, taken: int) -> ApiError:
+        return ApiError(
+            429,
+            f"{taken} of {self._capacity} sequences are taken; try again later",
+            code="queue_full",
+            headers={"Retry-After": "1"},
+        )
 
     def _take_tokens(self, message: Grown) -> None:
-        self.healthy = message.healthy
         now = time.perf_counter()
         changed: dict[Request[_Sequence], _Live] = {}
         for number, tokens, growth in message.sequences:

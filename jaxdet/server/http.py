@@ -1,10 +1,12 @@
-"""The HTTP side of `jaxdet serve`, a process of its own: parsing, text and events take no time of the engine's.
+"""The HTTP side of `jaxdet serve`, in processes of its own: parsing, text and events take no time of the engine's.
 
-`python -m jaxdet.server.http FD` serves what its first message says over the socket with that number.
+`python -m jaxdet.server.http CONNECTION LISTENER`, two numbers of sockets, serves what the first message over the
+connection says.
 """
 
 import asyncio
 import contextlib
+import logging
 import socket
 import sys
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
 
 from jaxdet.server.app import Model, Settings, create_app
+from jaxdet.server.listeners import lose_patience, url_of
 from jaxdet.server.messages import receive
 
 BACKSTOP_SECONDS = 5
@@ -22,7 +25,8 @@ LOGGING = LOGGING_CONFIG | {
     "loggers": LOGGING_CONFIG["loggers"]
     | {"jaxdet.server": {"handlers": ["default"], "level": "INFO", "propagate": False}}
 }
-"""Of both processes."""
+"""Of all processes."""
+log = logging.getLogger("jaxdet.server")
 
 
 class Serve(NamedTuple):
@@ -30,8 +34,6 @@ class Serve(NamedTuple):
 
     model: Model
     settings: Settings
-    host: str
-    port: int
     drain: int
 
 
@@ -50,10 +52,11 @@ class Server(uvicorn.Server):
         self._app, self._patience, self._drain = app, patience, drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            lose_patience(listener, self._patience)
         await super().startup(sockets)
-        for server in self.servers:
-            for listener in server.sockets:
-                lose_patience(listener, self._patience)
+        for listener in sockets or ():
+            log.info("running on %s; Ctrl-C ends it", url_of(listener))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Uvicorn's own limit would cancel requests without an answer.
@@ -61,25 +64,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def lose_patience(listener: socket.socket, seconds: float) -> None:
-    """Lets the kernel end connections whose other side doesn't answer, or has no room for data, for so long.
-
-    Connections get these options from the socket that listens. Without TCP_USER_TIMEOUT, which is Linux', only
-    EventStream notices who takes no data, once the kernel's buffers are full.
-    """
-    whole = max(1, round(seconds / 4))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", whole),
-        ("TCP_KEEPINTVL", whole),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", round(seconds * 1000)),
-    ):
-        if hasattr(socket, name):
-            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def serve(connection: socket.socket, asked: Serve) -> bool:
+def serve(connection: socket.socket, listener: socket.socket, asked: Serve) -> bool:
     """Serves until SIGINT, SIGTERM or the engine's end; whether it came to that without a fault."""
     lost: list[bool] = []
 
@@ -90,22 +75,20 @@ def serve(connection: socket.socket, asked: Serve) -> bool:
     app = create_app(asked.model, connection, asked.settings, on_lost=stop)
     config = uvicorn.Config(
         app,
-        host=asked.host,
-        port=asked.port,
         timeout_graceful_shutdown=asked.drain + BACKSTOP_SECONDS,
         server_header=False,
         log_config=LOGGING,
     )
     server = Server(config, app, patience=asked.settings.stall_timeout, drain=asked.drain)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises again what it has already heeded
-        server.run()
+        server.run([listener])
     return server.started and not lost
 
 
 def main() -> int:
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection, listener = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     asked = receive(connection)
-    return asked is None or not serve(connection, asked)
+    return asked is None or not serve(connection, listener, asked)
 
 
 if __name__ == "__main__":

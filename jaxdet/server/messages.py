@@ -1,4 +1,4 @@
-"""What the HTTP process and the engine's tell each other, over a socket that nobody else has.
+"""What an HTTP process and the engine's tell each other, over a socket that nobody else has.
 
 Pickled, after its length in eight bytes: both ends are this program, started by itself.
 """
@@ -27,6 +27,11 @@ class Open(NamedTuple):
     score: bool = False
     """Only the prompts' logprobs are wanted."""
 
+    @property
+    def size(self) -> int:
+        """Sequences that it runs."""
+        return len(self.prompts) * self.params.n
+
 
 class Close(NamedTuple):
     """Ends sequences."""
@@ -52,6 +57,14 @@ class Refused(NamedTuple):
     error: Exception
 
 
+class Full(NamedTuple):
+    """None of them does: there is no room."""
+
+    first: int
+    taken: int
+    """Sequences that run or wait, of all HTTP processes."""
+
+
 class Failed(NamedTuple):
     """The engine gave these sequences up."""
 
@@ -62,6 +75,17 @@ class Told(NamedTuple):
     """What the engine has done."""
 
     stats: EngineStats
+    taken: int
+    """As in `Full`."""
+
+
+class State(NamedTuple):
+    """How things stand, for all HTTP processes alike; comes when it has changed."""
+
+    healthy: bool = True
+    """The last step didn't fail for good."""
+    full: bool = False
+    """No other sequence would be taken."""
 
 
 class Growth(NamedTuple):
@@ -81,7 +105,6 @@ class Grown(NamedTuple):
 
     sequences: list[tuple[int, list[int], tuple | None]]
     """Number, tokens, and a Growth as a plain tuple: pickling those takes a third of the time."""
-    healthy: bool
 
 
 def pack(message: Any) -> bytes:

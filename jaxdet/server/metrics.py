@@ -1,18 +1,23 @@
 """What Prometheus sees."""
 
+import os
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 
-from jaxdet.engine.stats import EngineStats
+from jaxdet.server.messages import Told
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""prometheus_client's name for where it adds up what several processes count; it looks when it is imported."""
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
-    """The server's own counts and times; the engine's are read when they are asked for."""
+    """HTTP's counts and times, of all its processes; the engine's are read when they are asked for."""
 
     def __init__(self):
         self._registry = registry = CollectorRegistry()
@@ -38,23 +43,28 @@ class Metrics:
             registry=registry,
         )
 
-    def render(self, stats: EngineStats, open_sequences: int) -> bytes:
+    def render(self, told: Told) -> bytes:
         """Everything in Prometheus' text format."""
-        engine = CollectorRegistry()
-        engine.register(_Engine(stats, open_sequences))
-        return generate_latest(self._registry) + generate_latest(engine)
+        http, engine = self._registry, CollectorRegistry()
+        if folder := os.environ.get(FOLDER):
+            MultiProcessCollector(http := CollectorRegistry(), folder)
+        engine.register(_Engine(told))
+        return generate_latest(http) + generate_latest(engine)
 
 
 class _Engine:
     """One snapshot of the engine, as a collector."""
 
-    def __init__(self, stats: EngineStats, open_sequences: int):
-        self._stats, self._open = stats, open_sequences
+    def __init__(self, told: Told):
+        self._told = told
 
     def collect(self) -> Iterator[Metric]:
-        s = self._stats
+        s = self._told.stats
         gauges = {
-            "sequences_open": (self._open, "Sequences of requests that were accepted and aren't answered"),
+            "sequences_open": (
+                self._told.taken,
+                "Sequences that run or wait, or whose grammar is being read",
+            ),
             "sequences_waiting": (s.waiting, "Sequences that wait for their turn"),
             "sequences_running": (s.running, "Sequences in the batch"),
             "kv_pages": (s.pages, "Pages of the KV cache"),

@@ -1,4 +1,4 @@
-"""`jaxdet serve`: the engine here, HTTP in a process beside it."""
+"""`jaxdet serve`: the engine here, HTTP in processes beside it."""
 
 import contextlib
 import functools
@@ -8,7 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from jaxdet.grammar import JsonGrammars
 from jaxdet.llm import LLM
@@ -16,65 +19,101 @@ from jaxdet.server.app import Model, Settings
 from jaxdet.server.host import EngineHost
 from jaxdet.server.http import BACKSTOP_SECONDS, LOGGING, Serve
 from jaxdet.server.messages import pack
+from jaxdet.server.metrics import FOLDER
 
 
-def host_of(llm: LLM, connection: socket.socket) -> EngineHost:
-    """What runs the LLM's engine for the other end of a connection."""
+def host_of(llm: LLM, connections: Sequence[socket.socket], settings: Settings) -> EngineHost:
+    """What runs the LLM's engine for the other ends of connections."""
 
     @functools.cache
     def grammars() -> JsonGrammars:
         return JsonGrammars(llm.tokenizer, llm.engine.vocab_size)
 
-    return EngineHost(llm.engine, lambda grammar: grammars().start(*grammar), connection)
+    capacity = llm.engine.scheduler.max_num_seqs + settings.max_waiting
+    return EngineHost(llm.engine, lambda grammar: grammars().start(*grammar), connections, capacity=capacity)
 
 
-def start_http(asked: Serve) -> tuple[subprocess.Popen, socket.socket]:
-    """A process that serves, and the connection on which it awaits an `EngineHost`; it ends with the connection."""
-    here, there = socket.socketpair()
-    with there:
-        process = subprocess.Popen(
-            # -P: modules of the folder where somebody calls this are not the server's.
-            [sys.executable, "-P", "-m", "jaxdet.server.http", str(there.fileno())],
-            pass_fds=[there.fileno()],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the accelerator is the engine's
-            start_new_session=True,  # the terminal's signals come through here, once
-        )
-    with contextlib.suppress(OSError):  # it ended at once; its exit status tells
-        here.sendall(pack(asked))
-    return process, here
+@contextlib.contextmanager
+def http_processes(
+    listeners: Sequence[socket.socket], asked: Serve
+) -> Iterator[tuple[list[subprocess.Popen], list[socket.socket]]]:
+    """A process that serves for every listener, and the connections on which they await an `EngineHost`.
+
+    Each ends with its connection. The listeners are theirs then.
+    """
+    with tempfile.TemporaryDirectory(prefix="jaxdet-metrics-") as metrics:
+        processes, connections = [], []
+        for listener in listeners:
+            listener.listen()
+        for listener in listeners:
+            here, there = socket.socketpair()
+            numbers = [there.fileno(), listener.fileno()]
+            with there:
+                process = subprocess.Popen(
+                    # -P: modules of the folder where somebody calls this are not the server's.
+                    [sys.executable, "-P", "-m", "jaxdet.server.http", *map(str, numbers)],
+                    pass_fds=numbers,
+                    env=os.environ
+                    | {"JAX_PLATFORMS": "cpu", FOLDER: metrics},  # the accelerator is the engine's
+                    start_new_session=True,  # the terminal's signals come through here, once
+                )
+            processes.append(process)
+            connections.append(here)
+        for listener in listeners:
+            listener.close()
+        for connection in connections:
+            with contextlib.suppress(OSError):  # it ended at once; its exit status tells
+                connection.sendall(pack(asked))
+        try:
+            yield processes, connections
+        finally:
+            for connection in connections:
+                connection.close()
 
 
-def run_server(llm: LLM, settings: Settings, *, host: str, port: int, drain: int) -> int:
+def run_server(llm: LLM, settings: Settings, listeners: Sequence[socket.socket], *, drain: int) -> int:
     """Serves until it is told to stop; then no connection is accepted and those that are open may end.
 
     Args:
-        drain: seconds that they have; what still runs after that gets an error.
+        listeners: of `bind`: there are as many HTTP processes.
+        drain: seconds that requests have to end; what still runs after that gets an error.
 
     Returns:
-        The exit status: 0 if it was told to stop.
+        The exit status: 0 if it was told to stop, 1 if a process ended by itself.
     """
     logging.config.dictConfig(LOGGING)
-    process, connection = start_http(Serve(Model.of(llm), settings, host, port, drain))
-    # The main thread only waits: it could not heed a signal while it is in a step.
-    engine = threading.Thread(target=host_of(llm, connection).run, name="engine", daemon=True)
-    engine.start()
-    _forward_signals(process)
-    status = process.wait()
-    engine.join(BACKSTOP_SECONDS)
-    return 0 if status in (0, -signal.SIGTERM, -signal.SIGINT) else 1
+    with http_processes(listeners, Serve(Model.of(llm), settings, drain)) as (processes, connections):
+        # The main thread only waits: it could not heed a signal while it is in a step.
+        run = host_of(llm, connections, settings).run
+        engine = threading.Thread(target=run, name="engine", daemon=True)
+        engine.start()
+        _forward_signals(processes)
+        statuses = list(_wait(processes))
+        engine.join(BACKSTOP_SECONDS)
+    return 0 if all(status in (0, -signal.SIGTERM, -signal.SIGINT) for status in statuses) else 1
 
 
-def _forward_signals(process: subprocess.Popen) -> None:
-    """Signals that end the server go to the process that knows of requests: the second Ctrl-C doesn't let them end.
+def _wait(processes: Sequence[subprocess.Popen]) -> Iterator[int]:
+    """The exit statuses; once one has ended, whatever the reason, the others are told to."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        for ended in as_completed([pool.submit(process.wait) for process in processes]):
+            yield ended.result()
+            for process in processes:
+                process.terminate()
 
-    It stays so until this process is gone: a signal that comes when all is over must not change its exit status.
+
+def _forward_signals(processes: Sequence[subprocess.Popen]) -> None:
+    """Signals that end the server go to the processes that know of requests: the second Ctrl-C doesn't let them end.
+
+    It stays so until they are gone: a signal that comes when all is over must not change the exit status.
     """
     told: list[int] = []
 
     def forward(number: int, _: object) -> None:
         again = number == signal.SIGINT and number in told
         told.append(number)
-        process.send_signal(signal.SIGINT if again else signal.SIGTERM)
+        for process in processes:
+            process.send_signal(signal.SIGINT if again else signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
