@@ -1,17 +1,23 @@
 """`verify` certifies what is deterministic and catches what is not."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_runs import compiled, model_of, with_flipped_weight
 from rich.console import Console
 
 from jaxdet import certificates
+from jaxdet.engine.step import Step
 from jaxdet.testing import write_tiny_model
 from jaxdet.verify import Case, verify
 from jaxdet.verify.control import NAMES
+from jaxdet.verify.probe import NEIGHBOURS, Probe
+from jaxdet.verify.several_steps import STEPS, WORK, several_steps_case
 from pallas_kernels.matmul import xla as matmul
+from pallas_kernels.numerics import PAGE_SIZE
 
 WIDE = {"hidden_size": 576, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3}
 
@@ -54,6 +60,55 @@ def test_catches_a_plain_matmul(tmp_path, monkeypatch):
     assert {c.name for c in report.cases if c.differing} >= {NAMES["one_by_one"]}
     assert "NOT deterministic" in rendered(report)
     assert report.control_bites
+
+
+@pytest.fixture(scope="module")
+def one_layer() -> Step:
+    return compiled(model_of(num_hidden_layers=1))
+
+
+def several_steps(step: Step, monkeypatch, fault=None) -> tuple[Case, set]:
+    """The case, and (steps, rows, whether any is sampled) of the programs that ran; `fault` changes their arguments."""
+    ran, decode = set(), Step.decode
+
+    def noted(self, cache, last_tokens, feed, batch, counts, rows, slots, *, steps):
+        ran.add((steps, batch.rows, rows is not None))
+        if fault is not None:
+            self, counts, rows = fault(self, counts, rows)
+        return decode(self, cache, last_tokens, feed, batch, counts, rows, slots, steps=steps)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Step, "decode", noted)
+        return several_steps_case(Probe(step)), ran
+
+
+def test_several_steps_in_one_dispatch_are_compared(one_layer, monkeypatch):
+    case, ran = several_steps(one_layer, monkeypatch)
+    assert case.differing == 0
+    assert ran == {(STEPS, 8, True), (STEPS, 1, False)}
+    page = 2 * one_layer.config.num_kv_heads * PAGE_SIZE * one_layer.config.head_dim
+    assert case.compared > len(NEIGHBOURS) * len(WORK) * page
+
+
+def later(rows):
+    return rows and dataclasses.replace(rows, position=rows.position + 1)
+
+
+FAULTS = {
+    "a weight's bit": lambda step, counts, rows: (with_flipped_weight(step), counts, rows),
+    "steps past the end": lambda step, counts, rows: (
+        step,
+        np.where(counts, STEPS, 0).astype(np.int32),
+        rows,
+    ),
+    "another position's noise": lambda step, counts, rows: (step, counts, later(rows)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_several_steps_alone_is_seen(one_layer, monkeypatch, fault):
+    case, _ = several_steps(one_layer, monkeypatch, FAULTS[fault])
+    assert 0 < case.differing < case.compared
 
 
 def test_a_case_counts_bits_not_values():

@@ -12,6 +12,7 @@ from jaxdet.llm import LLM
 from jaxdet.verify import verify as run_verify
 from jaxdet.verify.hlo import lint_step
 from jaxdet.verify.html import write_html
+from jaxdet.verify.several_steps import STEPS
 
 
 def verify(
@@ -55,7 +56,7 @@ def demo() -> None:
 
 
 def _lint(model: str, dtype: str, backend: str | None) -> None:
-    llm = LLM(model, dtype=dtype, backend=backend, compile_at_start=True)
+    llm = LLM(model, dtype=dtype, backend=backend, compile_at_start=True, num_scheduler_steps=STEPS)
     report = lint_step(llm.engine.step_fn)
     Console().print(report.render())
     if not report.ok:

@@ -13,6 +13,7 @@ from jaxdet.verify.control import control_cases
 from jaxdet.verify.probe import MODEL_LEN, POOL, Probe
 from jaxdet.verify.report import Case, Report, environment
 from jaxdet.verify.restart import reference_digest
+from jaxdet.verify.several_steps import several_steps_case
 
 __all__ = ["Case", "Report", "verify"]
 
@@ -42,7 +43,7 @@ def verify(
         keep_logits=True,
     )
     probe = Probe(llm.engine.step_fn)
-    with tqdm(desc="Verifying", unit="case", total=17, disable=not progress) as bar:
+    with tqdm(desc="Verifying", unit="case", total=19, disable=not progress) as bar:
 
         def run(cases):
             for case in cases:
@@ -51,7 +52,8 @@ def verify(
                 yield case
 
         digest = reference_digest(probe)
-        cases = [*run(step_cases(probe)), *run(request_cases(llm, probe.tokens))]
+        cases = [*run(step_cases(probe)), *run([several_steps_case(probe)])]
+        cases += run(request_cases(llm, probe.tokens))
         cases += run([restart_case(str(model), llm.dtype, backend, digest)])
         plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)
         control = list(run(control_cases(plain, probe.tokens)))

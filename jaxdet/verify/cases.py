@@ -32,6 +32,7 @@ NAMES = {
     "ragged": "prefill in ragged batches, every slot",
     "chunks": f"prefill in chunks of {', '.join(map(str, CHUNKS[1:]))}",
     "one_by_one": "token by token",
+    "several": "several decode steps in one dispatch, tokens and cache",
 }
 """Cases that plain JAX goes through as well."""
 

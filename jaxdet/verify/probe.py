@@ -77,7 +77,7 @@ class Probe:
 
     def run(self, cache: KVCache, rows: Iterable[Row]) -> tuple[list[np.ndarray], KVCache]:
         """float32 logits [tokens, V] of every row, and the cache with their keys and values."""
-        parts = [Part(_sequence(row), row.start, row.end - row.start, [], True) for row in rows]
+        parts = [Part(sequence_of(row), row.start, row.end - row.start, [], True) for row in rows]
         plan = Plan([p for p in parts if p.count == 1], [p for p in parts if p.count > 1])
         bucket = BUCKETS.fit(len(plan.rows), sum(p.count for p in plan.chunks), len(plan.chunks))
         batch, _ = model_batch(plan, bucket, self.table)
@@ -102,14 +102,16 @@ class Probe:
         return self.whole(clean, MAX_TOKENS)[0]
 
 
-def _sequence(row: Row) -> Sequence:
+def sequence_of(row: Row, params: SamplingParams | None = None, max_tokens: int = 1) -> Sequence:
+    """The sequence of the row's tokens up to its end, in its pages, that goes on as `params` say."""
+    params = params or SamplingParams()
     sequence = Sequence(
         request_id="",
         prompt=row.tokens[: row.end],
-        params=SamplingParams(),
+        params=params,
         sample_index=0,
-        seed=0,
-        max_tokens=1,
+        seed=params.seed or 0,
+        max_tokens=max_tokens,
         stop_ids=frozenset(),
     )
     sequence.pages = row.pages
