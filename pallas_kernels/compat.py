@@ -35,6 +35,7 @@ __all__ = [
     "require_hopper",
     "reset_compilation_cache",
     "store_part",
+    "store_turned",
     "tpu_interpreter",
 ]
 
@@ -217,19 +218,51 @@ def add_rounded(a, b, layout):
 
 
 def reduce_columns(x, layout, row_layout):
-    """Sum over the columns of a [rows, columns] WGMMA tile in one tree, whatever the number of rows.
+    """Sum over the columns of [rows, columns] in one tree, whatever the layout: that of a WGMMA tile.
 
     Mosaic's own `sum` picks its tree from the rows a warpgroup holds. Column 8g + 2t + e: even g ascending
     plus odd g ascending, then e = 0 plus e = 1, then (t₀ + t₁) + (t₂ + t₃).
     """
     if interpreting():
-        return x.sum(axis=1)
+        parts = x.reshape(x.shape[0], -1, 2, 4, 2)
+        parts = functools.reduce(jnp.add, (parts[:, i] for i in range(parts.shape[1])))
+        parts = parts[:, 0] + parts[:, 1]
+        parts = parts[:, :, 0] + parts[:, :, 1]
+        return (parts[:, 0] + parts[:, 1]) + (parts[:, 2] + parts[:, 3])
+    # Sums in flight: of a WGMMA tile's lane, two a row; elsewhere lanes hold even and odd g.
+    ilp = x.shape[0] // 8 if layout == plgpu.Layout.WGMMA else 1
 
     @plgpu.inline_mgpu(
         arg_types=(layout,),
         return_type=plgpu.ShapeDtypeStruct((x.shape[0],), x.dtype, layout=row_layout),
     )
     def pinned(_, tile):
-        return tile.reduce("add", 1, acc_ilp=x.shape[0] // 8)
+        return tile.reduce("add", 1, acc_ilp=ilp)
 
     return pinned(x)
+
+
+def store_turned(x, layout, ref):
+    """Writes x [I, J] to `ref` [j, I] of any memory, as far as it has rows: ref[j, i] = x[i, j].
+
+    Inside a Mosaic GPU kernel; threads of the warpgroup may read it at once.
+    """
+    if interpreting():
+        ref[...] = x.T[: ref.shape[0]]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    def store(_, array, target):
+        mgpu.warpgroup_barrier()
+        for (i, j), values in zip(array.layout.thread_idxs(array.shape), array.registers.flat, strict=True):
+            for offset in range(values.type.shape[0]):
+                at = mlir_arith.addi(j, mlir_arith.constant(ir.IndexType.get(), offset))
+                value = mlir_vector.extract(
+                    values, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([offset])
+                )
+                (at, _), inside = _within((at, i), ((0, ref.shape[0]),))
+                with mgpu.when(inside):
+                    mlir_memref.store(value, target, [at, i])
+        mgpu.warpgroup_barrier()
+
+    store(x, ref)

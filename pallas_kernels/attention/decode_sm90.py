@@ -1,10 +1,12 @@
 """Decode attention on Hopper: one query a sequence, its keys walked by one CTA or, segment by segment, by several.
 
-A one-warpgroup CTA takes (item, KV head) pairs from a list; the rows of its tile are the query heads of the group. An
-item is a whole sequence, whose segments the CTA merges as it goes, or, where a sequence is long for the load at hand,
-one segment: its (acc, m, l) goes to memory, and whichever CTA is the last to hand one in merges all of the sequence's,
-in ascending order. Both give the same bits: who merges is up to the load, in which order never is. Keys and values
-share a ring of tiles that runs on from one item to the next, so that loads never wait for an item's end.
+A one-warpgroup CTA takes (item, KV head) pairs from a list. Its products are turned, keys · qᵀ and vᵀ · pᵀ, so that a
+group's few query heads are the short side of a tile, not padding of its 64 rows; between the products scores go
+through shared memory to a layout in which every lane holds some keys of one query. The operands' sides change no bit.
+An item is a whole sequence, whose segments the CTA merges as it goes, or, where a sequence is long for the load at
+hand, one segment: its (acc, m, l) goes to memory, and whichever CTA is the last to hand one in merges all of the
+sequence's, in ascending order. Both give the same bits: who merges is up to the load, in which order never is. Keys
+and values share a ring of tiles that runs on from one item to the next, so that loads never wait for an item's end.
 """
 
 import functools
@@ -15,17 +17,28 @@ from jax import lax
 
 from pallas_kernels.attention import online_softmax_sm90 as softmax
 from pallas_kernels.attention.segments_sm90 import BLOCK, SEGMENT
-from pallas_kernels.compat import count_up, interpreting, pl, plgpu, store_part
+from pallas_kernels.compat import (
+    count_up,
+    fused_multiply_add,
+    interpreting,
+    pl,
+    plgpu,
+    store_part,
+    store_turned,
+)
 
-LAYOUTS = softmax.TILE, softmax.ROW, softmax.ROW
+SCORES = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 16), (2, 8), (2, 2), (1,))), warp_dims=(-7,), lane_dims=(-3, -4, -2, -6), vector_dim=-1
+)
+"""[queries, keys]: a lane holds every sixteenth key of a query, and its neighbours are those with which
+`compat.reduce_columns` adds first."""
+QUERY = SCORES.reduce(1)
 SMS = 132
 CTAS = 2 * SMS
 CHUNK = 32
 """Of a sequence's last block only chunks of so many keys that hold one are loaded."""
 RING = 3
 """Tiles of keys or values in flight: those of a block and a half."""
-MOST_WALKED = 128
-"""The widest head whose merged and current results both fit the registers; wider ones go segment by segment."""
 SHARE = 4
 """A sequence of at most 1 / SHARE of what a CTA has to do is one item."""
 AT_ONCE = 8
@@ -60,7 +73,7 @@ def _items(lens, shape, window):
     keys = BLOCK[dim]
     first = jnp.zeros_like(lens) if window is None else jnp.maximum(lens - window, 0) // SEGMENT
     end = -(-lens // SEGMENT)
-    most = jnp.sum(end - first) * kv_heads // (SHARE * CTAS) if dim <= MOST_WALKED else 1
+    most = jnp.sum(end - first) * kv_heads // (SHARE * CTAS)
     whole = end - first <= jnp.maximum(most, 1)
     ends = jnp.cumsum(jnp.where(whole, jnp.minimum(end - first, 1), end - first)).astype(jnp.int32)
     item = jnp.arange(sequences * segments, dtype=jnp.int32)
@@ -80,9 +93,11 @@ def _items(lens, shape, window):
 @functools.cache
 def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
     sequences, kv_heads, group, dim, page, segments = shape
-    split, walks = segments > 1, segments > 1 and dim <= MOST_WALKED
-    rows = group if interpreted else -(-group // 8) * 8  # past the group the copy fills in zeros
+    split, rows = segments > 1, softmax.ROWS if interpreted else -(-group // 8) * 8
+    loaded = group if interpreted else rows  # past the group the copy fills in zeros
     keys = BLOCK[dim]
+    # vᵀ is taken in heights of 64; where head_dim isn't, the last two overlap.
+    heights = [(0, dim)] if dim % 64 == 0 else [(first, 64) for first in (*range(0, dim - 64, 64), dim - 64)]
     per_page, per_segment = page // keys, SEGMENT // keys
     ctas = min(CTAS, sequences * segments * kv_heads)
     c = softmax.factor(scale, soft_cap)
@@ -91,7 +106,7 @@ def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
         rest = list(rest)
         arrived_g = rest.pop(0) if split else None
         out_g, *parts = (rest.pop(0) for _ in range(4 if split else 1))
-        q_s, tiles, full, q_bar, *seen_s = rest
+        q_s, tiles, scores_s, p_s, shared_s, full, q_bar, *seen_s = rest
         cta = lax.axis_index("cta")
         mine = lax.div(count_g[0] * kv_heads - cta + ctas - 1, jnp.int32(ctas))
 
@@ -127,11 +142,37 @@ def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
                     plgpu.copy_gmem_to_smem(source.at[*where, part], tiles.at[slot, part], full.at[slot])
 
         def load_queries(local, sequence):
-            part = q_g.at[sequence, kv_head_of(local), pl.ds(0, rows)]
-            plgpu.copy_gmem_to_smem(part, q_s.at[pl.ds(0, rows)], q_bar)
+            part = q_g.at[sequence, kv_head_of(local), pl.ds(0, loaded)]
+            plgpu.copy_gmem_to_smem(part, q_s.at[pl.ds(0, loaded)], q_bar)
 
-        def each_item(local, carried):
-            sequence, first, end, length, segment, first_segment, end_segment = of_item(local, *range(FIELDS))
+        def empty():
+            zeros = tuple(softmax.full((height, rows), 0, softmax.TILE) for _, height in heights)
+            return zeros, softmax.full((rows,), softmax.EMPTY, QUERY), softmax.full((rows,), 0, QUERY)
+
+        def spread(*values):
+            """Numbers of each query, for tiles of vᵀ · pᵀ."""
+            for i, value in enumerate(values):
+                shared_s.at[i][...] = value
+            plgpu.commit_smem()
+            layout = softmax.TILE.reduce(0)
+            return [plgpu.load(shared_s.at[i], layout=layout, optimized=False) for i in range(len(values))]
+
+        def scaled(tile, factor):
+            return tile * lax.broadcast_in_dim(factor, tile.shape, [1])
+
+        def merge(merged, current):
+            (out, best, total), (acc, m, mass) = merged, current
+            *factors, best, total = softmax.shares(best, total, m, mass, QUERY)
+            a, b = spread(*factors)
+            both = zip(out, acc, strict=True)
+            wide = lambda x, tile: lax.broadcast_in_dim(x, tile.shape, [1])  # noqa: E731
+            out = (fused_multiply_add(o, wide(a, o), scaled(x, b), softmax.TILE) for o, x in both)
+            return tuple(out), best, total
+
+        def each_item(local, state):
+            item, carried = state
+            sequence, first, end, length, segment, first_segment, end_segment = item
+            following_item = of_item(local + 1, *range(FIELDS))  # long before it is asked for
             kv_head = kv_head_of(local)
             plgpu.barrier_wait(q_bar)
 
@@ -141,50 +182,61 @@ def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
                 further, following = advance(ahead, following)
                 plgpu.barrier_wait(full.at[k_slot])
 
-                def product(ref):
-                    plgpu.wgmma(ref, q_s, tiles.at[k_slot].transpose((1, 0)))
-                    return ref[...]
-
-                scores = pl.run_scoped(product, plgpu.ACC((softmax.ROWS, keys), jnp.float32))
+                turned = softmax.turned_product(tiles.at[k_slot], q_s)
                 load(v_g, ahead, k_slot)
                 pl.when((j + 1 == end) & (local + 1 < mine))(lambda: load_queries(*ahead[:2]))
-                scores = softmax.cap(scores, scale, soft_cap)
+                store_turned(turned, softmax.TILE, scores_s)
+                scores = softmax.cap(plgpu.load(scores_s, layout=SCORES, optimized=False), scale, soft_cap)
 
                 def mask(scores):
-                    key = plgpu.broadcasted_iota(jnp.int32, (softmax.ROWS, keys), 1, layout=softmax.TILE)
+                    key = plgpu.broadcasted_iota(jnp.int32, (rows, keys), 1, layout=SCORES)
                     return softmax.mask(scores, length - 1, key + j * keys, window)
 
                 if window is None:
                     scores = lax.cond(length < (j + 1) * keys, mask, lambda scores: scores, scores)
                 else:
                     scores = mask(scores)
-                if walks:
+                if split:
                     merged, current = lax.cond(
                         (lax.rem(j, jnp.int32(per_segment)) == 0) & (j > first),
-                        lambda merged, current: (softmax.merge(*merged, *current), softmax.empty(dim)),
+                        lambda merged, current: (merge(merged, current), empty()),
                         lambda *same: same,
                         *(merged, current),
                     )
-                p, acc, m, mass = softmax.block(scores, *current, c, dtype)
+                acc, m, mass = current
+                p, alpha, m, mass = softmax.block(scores, m, mass, c, dtype, SCORES, QUERY)
+                p_s[...] = p
+                (alpha,) = spread(alpha)
                 plgpu.barrier_wait(full.at[v_slot])
                 softmax.clear_tail(tiles.at[v_slot], length - j * keys)
-                acc = softmax.accumulate(acc, p, tiles.at[v_slot])
+                acc = [
+                    softmax.accumulate_turned(
+                        scaled(x, alpha), tiles.at[v_slot, :, pl.ds(start, height)], p_s
+                    )
+                    for x, (start, height) in zip(acc, heights, strict=True)
+                ]
                 load(k_g, further, v_slot)
-                return (tile + 2, further, following), merged, (acc, m, mass)
+                return (tile + 2, further, following), merged, (tuple(acc), m, mass)
 
-            state = carried, softmax.empty(dim) if walks else (), softmax.empty(dim)
+            state = carried, empty() if split else (), empty()
             carried, merged, current = lax.fori_loop(first, end, each_block, state)
 
             def finish():
-                out, _, total = softmax.merge(*(merged or softmax.empty(dim)), *current)
-                value = softmax.finish(out, total, dtype)
-                store_part(value, softmax.TILE, out_g.at[sequence, kv_head], (0, group))
+                out, _, total = merge(merged or empty(), current)
+                (inverse,) = spread(softmax.reciprocal(total))
+                for tile, (start, height) in zip(out, heights, strict=True):
+                    value = (scaled(tile, inverse) + 0.0).astype(dtype)
+                    at = sequence, kv_head, slice(None), pl.ds(start, height)
+                    store_turned(value, softmax.TILE, out_g.at[at])
 
             def hand_in():
                 where = sequence, kv_head, segment
-                for value, layout, part in zip(current, LAYOUTS, parts, strict=True):
-                    at = (*where, pl.ds(0, group), pl.ds(0, dim))[: part.ndim]
-                    store_part(value, layout, part.at[at], (0, group))
+                acc, *numbers = current
+                for tile, (start, height) in zip(acc, heights, strict=True):
+                    at = (*where, pl.ds(0, group), pl.ds(start, height))
+                    store_turned(tile, softmax.TILE, parts[0].at[at])
+                for value, part in zip(numbers, parts[1:], strict=True):
+                    store_part(value, QUERY, part.at[(*where, pl.ds(0, group))], (0, group))
                 if interpreted:
                     return
                 count_up(arrived_g.at[sequence, pl.ds(kv_head, 1)], seen_s[0])
@@ -200,17 +252,18 @@ def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
                 pl.when(segment >= 0)(hand_in)
             else:
                 finish()
-            return carried
+            return following_item, carried
 
         @pl.when(mine > 0)
         def _():
-            at = cursor(jnp.int32(0), *of_item(0, 0, 1, 2))
+            item = of_item(0, *range(FIELDS))
+            at = cursor(jnp.int32(0), *item[:3])
             load(k_g, at, 0)
             load_queries(*at[:2])
             load(v_g, at, 1)
             at, following = advance(at, of_item(1, 0, 1, 2))
             load(k_g, at, 2)
-            lax.fori_loop(0, mine, each_item, (jnp.int32(0), at, following))
+            lax.fori_loop(0, mine, each_item, (item, (jnp.int32(0), at, following)))
 
     tile = softmax.swizzled(dim)
     outputs = [jax.ShapeDtypeStruct((sequences, kv_heads, group, dim), dtype)]
@@ -226,8 +279,11 @@ def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
         kernel_name="attention_decode",
         out_type=outputs,
         scratch_types=[
-            plgpu.SMEM((softmax.ROWS, dim), dtype, transforms=tile),
+            plgpu.SMEM((rows, dim), dtype, transforms=tile),
             plgpu.SMEM((RING, keys, dim), dtype, transforms=tile),
+            plgpu.SMEM((rows, keys), jnp.float32),
+            plgpu.SMEM((rows, keys), dtype, transforms=tile),  # both operands want one swizzle
+            plgpu.SMEM((2, rows), jnp.float32),
             plgpu.Barrier(num_barriers=RING),
             plgpu.Barrier(),
             *([plgpu.SMEM((1,), jnp.int32)] if split else []),

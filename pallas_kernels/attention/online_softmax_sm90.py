@@ -65,15 +65,14 @@ def mask(scores, row_position, key_position, window: int | None):
     return jnp.where(visible, scores, -jnp.inf)
 
 
-def block(scores, acc, m, mass, c: float, dtype):
-    """One block before its P · V product: (rounded p, acc · α, m′, mass′)."""
-    columns = scores.shape[1]
+def block(scores, m, mass, c: float, dtype, layout=TILE, row_layout=ROW):
+    """One block before its P · V product: (rounded p, α, m′, mass′)."""
     new = jnp.maximum(m, scores.max(axis=1) * c)
     alpha = jnp.exp2(m - new)
-    scaled = fused_multiply_add(scores, full(scores.shape, c, TILE), spread(-new, columns), TILE)
+    scaled = fused_multiply_add(scores, full(scores.shape, c, layout), spread(-new, scores.shape[1]), layout)
     p = jnp.exp2(scaled)
-    mass = fused_multiply_add(mass, alpha, reduce_columns(p, TILE, ROW), ROW)
-    return p.astype(dtype), acc * spread(alpha, acc.shape[1]), new, mass
+    mass = fused_multiply_add(mass, alpha, reduce_columns(p, layout, row_layout), row_layout)
+    return p.astype(dtype), alpha, new, mass
 
 
 def accumulate(acc, p, values, meanwhile=lambda: None):
@@ -90,22 +89,57 @@ def accumulate(acc, p, values, meanwhile=lambda: None):
     return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
+def turned_product(keys, queries):
+    """keys [keys, D] · queriesᵀ, both in shared memory."""
+
+    def multiply(ref):
+        if interpreting():  # whose products are not the same on both sides
+            plgpu.wgmma(ref, queries, keys.transpose((1, 0)))
+            return ref[...].T
+        plgpu.wgmma(ref, keys, queries.transpose((1, 0)))
+        return ref[...]
+
+    shape = keys.shape[0], queries.shape[0]
+    return pl.run_scoped(multiply, plgpu.ACC(shape[::-1] if interpreting() else shape, jnp.float32))
+
+
+def accumulate_turned(acc, values, p):
+    """acc [D, rows] + valuesᵀ · pᵀ, where values [keys, D] and p [rows, keys] are in shared memory."""
+    if interpreting():
+        return accumulate(acc.T, p[...], values).T
+
+    def multiply(ref):
+        plgpu.wgmma(ref, values.transpose((1, 0)), p.transpose((1, 0)))
+
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+
 def merge(out, best, total, acc, m, mass, layout=TILE, row_layout=ROW):
     """(O, M, L) with one more segment."""
-    new = jnp.maximum(best, m)
-    a, b = jnp.exp2(best - new), jnp.exp2(m - new)
-    total = fused_multiply_add(total, a, mass * b, row_layout)
+    a, b, new, total = shares(best, total, m, mass, row_layout)
     if out.ndim == 2:
         a, b = spread(a, out.shape[1]), spread(b, out.shape[1])
     return fused_multiply_add(out, a, acc * b, layout), new, total
 
 
+def shares(best, total, m, mass, row_layout=ROW):
+    """What O and acc are multiplied by when they merge, and the new (M, L)."""
+    new = jnp.maximum(best, m)
+    a, b = jnp.exp2(best - new), jnp.exp2(m - new)
+    return a, b, new, fused_multiply_add(total, a, mass * b, row_layout)
+
+
 def finish(out, total, dtype):
     """The output; zero for rows that saw no key."""
-    inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    inverse = reciprocal(total)
     if out.ndim == 2:
         inverse = spread(inverse, out.shape[1])
     return (out * inverse + 0.0).astype(dtype)
+
+
+def reciprocal(total):
+    """1 / L, and 1 for rows that saw no key."""
+    return 1.0 / jnp.where(total == 0.0, 1.0, total)
 
 
 def log_sum_exp(best, total):
@@ -128,10 +162,15 @@ def clear_tail(values, live):
     @pl.when(live < keys)
     def _():
         for first in range(0, keys, ROWS):
-            for column in range(0, head_dim, width):
-                part = values.at[pl.ds(first, ROWS), pl.ds(column, width)]
-                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=TILE) + first
-                part[...] = jnp.where(row < live, plgpu.load(part, layout=TILE), jnp.zeros((), values.dtype))
+
+            @pl.when(live < first + ROWS)
+            def _(first=first):
+                for column in range(0, head_dim, width):
+                    part = values.at[pl.ds(first, ROWS), pl.ds(column, width)]
+                    row = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=TILE) + first
+                    kept = plgpu.load(part, layout=TILE)
+                    part[...] = jnp.where(row < live, kept, jnp.zeros((), values.dtype))
+
         plgpu.commit_smem()
 
 

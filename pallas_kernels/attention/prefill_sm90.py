@@ -133,7 +133,8 @@ def _kernel(shape, pool, tiles, dtype, scale, window, soft_cap, with_lse, _inter
                         lambda *s: s,
                         *(out, best, total, acc, m, mass),
                     )
-                    p, acc, m, mass = softmax.block(scores, acc, m, mass, c, dtype)
+                    p, alpha, m, mass = softmax.block(scores, m, mass, c, dtype)
+                    acc = acc * softmax.spread(alpha, out_dim)
                     acc, mass, m, p = lax.optimization_barrier((acc, mass, m, p))
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(v_full.at[slot])
