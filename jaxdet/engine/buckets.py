@@ -5,8 +5,8 @@ import dataclasses
 SMALLEST_CHUNK = 32
 FINEST_CHUNK = 512
 """Up to here sizes double; above they quadruple."""
-FEW_ROWS = 8
-"""Decoding rows beside a prompt, the smaller of two sizes."""
+MIXED_ROWS = 8, 128
+"""Decoding rows beside prompts, below the most: few, for each is compiled for every size of prompts."""
 ROW_TILE = 64
 
 
@@ -53,7 +53,7 @@ class Buckets:
 
     @property
     def mixed_rows(self) -> list[int]:
-        return sorted({min(FEW_ROWS, self._most_rows), self._most_rows})
+        return [*(rows for rows in MIXED_ROWS if 2 * rows < self._most_rows), self._most_rows]
 
     @property
     def mixed_tokens(self) -> list[int]:
