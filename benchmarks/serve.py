@@ -1,13 +1,18 @@
 """A load generator: latency and throughput of `jaxdet serve` beside the offline engine, and whether bits moved.
 
     python benchmarks/serve.py MODEL [--clients 1 8 64] [--requests 128] [--prompt 128] [--output 64] [--backend NAME]
-        [--max-model-len N] [--max-num-batched-tokens N] [--num-pages N] [--http-processes N] [--out FILE]
+        [--max-model-len N] [--max-num-seqs N] [--max-num-batched-tokens N] [--num-pages N] [--http-processes N]
+        [--out FILE]
 
 Runs random prompts through `LLM.generate`, all at once, then starts the server's HTTP processes beside the same LLM and
 lets so many clients at a time, in as many other processes, stream the same completions. TTFT is from sending a
 request to its first event, inter-token from event to event. Every answer is compared with the offline one. Both sides
 run once unmeasured, so that nothing compiles in between. CPU time a token is that of all HTTP processes, of the
 engine's thread, of the whole process that it is in (on a CPU the model's, too), and of all clients' processes.
+
+The engine takes as many sequences at once as there are clients at most, unless `--max-num-seqs` says otherwise. Offline
+the next prompt always waits; here each client sends it once it has the whole answer, and its place is empty till then.
+With more clients than places some wait here, too.
 """
 
 import argparse
@@ -118,6 +123,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64)
     parser.add_argument("--backend", help="the device's own by default")
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--num-pages", type=int)
     parser.add_argument("--http-processes", type=int, default=default_processes())
@@ -127,7 +133,7 @@ def main() -> None:
     llm = LLM(
         args.model,
         backend=args.backend,
-        max_num_seqs=max(args.clients),
+        max_num_seqs=args.max_num_seqs or max(args.clients),
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=args.max_model_len,
         num_pages=args.num_pages,
@@ -175,6 +181,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "prompt": args.prompt,
         "output": args.output,
+        "max_num_seqs": llm.engine.scheduler.max_num_seqs,
         "http_processes": args.http_processes,
         "client_processes": len(clients_in),
         "load_average": os.getloadavg()[0],

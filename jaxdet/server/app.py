@@ -39,6 +39,9 @@ from jaxdet.tokenizer import Tokenizer
 
 log = logging.getLogger("jaxdet.server")
 
+SMALL_BODY = 2048
+"""Bytes. A body that has no more is read at once, in a millisecond or less: a thread has its costs, too."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -165,14 +168,14 @@ class _Service:
         return self._model_card()
 
     async def completions(self, body: CompletionRequest, http: Request) -> Any:
-        return await self._answer(await run_in_threadpool(self._reader.completion, body), body, http)
+        return await self._answer(await _read(http, self._reader.completion, body), body, http)
 
     async def chat_completions(self, body: ChatCompletionRequest, http: Request) -> Any:
-        return await self._answer(await run_in_threadpool(self._reader.chat, body), body, http)
+        return await self._answer(await _read(http, self._reader.chat, body), body, http)
 
     async def score(self, body: ScoreRequest, http: Request) -> Any:
         self._reader.check_model(body.model)
-        prompts = await run_in_threadpool(self._reader.encode, body.input)
+        prompts = await _read(http, self._reader.encode, body.input)
         job = Job(prompts, SamplingParams(prompt_logprobs=0), score=True)
         await self._engine.open(job)
         try:
@@ -252,6 +255,14 @@ class _Service:
             "max_model_len": self._model.max_model_len,
             "system_fingerprint": self._model.fingerprint,
         }
+
+
+async def _read[T](http: Request, read: Callable[[Any], T], body: Any) -> T:
+    """What `read` makes of a body, in a thread if it is long."""
+    size = http.headers.get("content-length", "")
+    if size.isdigit() and int(size) <= SMALL_BODY:
+        return read(body)
+    return await run_in_threadpool(read, body)
 
 
 def _state(fine: bool) -> JSONResponse:

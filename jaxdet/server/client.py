@@ -98,8 +98,8 @@ class Job:
     accepted: "asyncio.Future[None]" = dataclasses.field(init=False)
     timer: asyncio.TimerHandle = dataclasses.field(init=False)
     arrived: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    changed: dict[int, None] = dataclasses.field(default_factory=dict)
-    """Places of the prompts that have got what the job's reader doesn't know of yet."""
+    changed: dict[int, bool] = dataclasses.field(default_factory=dict)
+    """Places of the prompts that have got what the job's reader doesn't know of yet, and whether that is all."""
     error: Exception | None = None
     closed: bool = False
 
@@ -233,9 +233,8 @@ class EngineClient:
                 raise job.error
             changed, job.changed = job.changed, {}
             updates: list[Update] = []
-            for place in changed:
+            for place, done in changed.items():
                 request = job.requests[place]
-                done = request.finished
                 if job.score:
                     (sequence,) = request.sequences
                     output = ScoreOutput(sequence.prompt, sequence.scores)
@@ -338,12 +337,12 @@ class EngineClient:
                 if sequence.finish_reason == "error":
                     job.fail(RuntimeError("the model's logits are not finite"))
             changed[request] = live
-        for request, (job, place, _) in changed.items():
-            done = request.finished
+        for request, (job, place, sequence) in changed.items():
+            done = sequence.finish_reason is not None and request.finished
             if not job.score:
                 self._observe(request, job, now, done=done)
             if job.stream or done:
-                job.changed[place] = None
+                job.changed[place] = done
                 job.arrived.set()
 
     def _observe(self, request: Request[_Sequence], job: Job, now: float, *, done: bool) -> None:

@@ -6,6 +6,7 @@ connection says.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import sys
@@ -80,6 +81,7 @@ def serve(connection: socket.socket, listener: socket.socket, asked: Serve) -> b
         log_config=LOGGING,
     )
     server = Server(config, app, patience=asked.settings.stall_timeout, drain=asked.drain)
+    gc.freeze()  # hundreds of thousands of objects that stay needn't be looked through while requests wait
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises again what it has already heeded
         server.run([listener])
     return server.started and not lost
