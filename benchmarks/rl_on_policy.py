@@ -114,11 +114,9 @@ class PlainGRPO:
         if self.model.config.tied_embeddings:
             del self.model.params["head"]
         self._dtypes = jax.tree.map(lambda x: x.dtype, self.model.params)
-        self.masters = jax.tree.map(lambda x: jnp.array(x, jnp.float32), self.model.params)
         self.optimizer = optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm), optax.adamw(task.learning_rate)
         )
-        self.state = self.optimizer.init(self.masters)
         self._sample = jax.jit(self._sample_all)
         self._gradient = jax.jit(jax.grad(self._loss, has_aux=True))
 
@@ -128,6 +126,13 @@ class PlainGRPO:
             return optax.apply_updates(masters, changes), state, optax.global_norm(gradient)
 
         self._update = update
+        self.begin(config.seed)
+
+    def begin(self, seed: int) -> None:
+        """From the model's own weights, with what has been compiled."""
+        self.config = dataclasses.replace(self.config, seed=seed)
+        self.masters = jax.tree.map(lambda x: jnp.array(x, jnp.float32), self.model.params)
+        self.state = self.optimizer.init(self.masters)
 
     def _weights(self, masters) -> dict[str, Any]:
         """What the model runs with, cast from the masters."""
@@ -240,7 +245,7 @@ def run(
     optimizer = optax.adamw(task.learning_rate)
     found: dict[str, list[list[dict[str, float]]]] = {}
     for variant in variants:
-        found[variant] = []
+        found[variant], plain = [], None
         for seed in range(seeds):
             config = GRPOConfig(
                 prompts_per_step=prompts_per_step,
@@ -254,7 +259,8 @@ def run(
                 history = GRPO(llm, task.reward, optimizer, config).train(task.prompts, steps)
             else:
                 corrected = variant != VARIANTS[0]
-                plain = PlainGRPO(checkpoint, llm, task, config, importance_weights=corrected)
+                plain = plain or PlainGRPO(checkpoint, llm, task, config, importance_weights=corrected)
+                plain.begin(seed)
                 history = [plain.step(number) for number in tqdm(range(steps), desc=variant, unit="step")]
             found[variant].append([{k: m[k] for k in (*MEASURED, "max_logprob_difference")} for m in history])
     return found
