@@ -89,6 +89,13 @@ def gpu_us(f, operands, repeats: int) -> float:
     return float(np.median([sum(times) for times in kernel_times(f, operands, repeats)])) / len(operands)
 
 
+def ceilings() -> tuple[float, float]:
+    """Bytes a microsecond at which a large array is read, and operations of a large bfloat16 product."""
+    big, square = normal(0, 2**14, 2**15), normal(0, 8192, 8192)
+    rate = big.nbytes / gpu_us(jax.jit(functools.partial(jnp.max, axis=1)), [(big,)], 5)
+    return rate, 2 * 8192**3 / gpu_us(jax.jit(jnp.dot), [(square, square)], 5)
+
+
 def wall_us(f, arguments, repeats: int) -> float:
     """Host time of a call in a row of calls."""
     jax.block_until_ready(f(*arguments))

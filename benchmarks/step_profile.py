@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from kernels import cupti_times, gpu_us, normal
+from kernels import ceilings, cupti_times, normal
 
 from jaxdet.models.layers import Batch
 from jaxdet.testing import QWEN3_8B, random_model
@@ -81,14 +81,11 @@ def limit_us(name: str, rows: int, kind: str, keys: int, rate: float, flops: flo
 
 def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
     assert jax.default_backend() == "gpu", "needs a Hopper GPU"
-    big, square = normal(0, 2**14, 2**15), normal(0, 8192, 8192)
-    rate = big.nbytes / gpu_us(jax.jit(functools.partial(jnp.max, axis=1)), [(big,)], 5)
-    flops = 2 * 8192**3 / gpu_us(jax.jit(jnp.dot), [(square, square)], 5)
+    rate, flops = ceilings()
     print(
         f"{jax.devices()[0].device_kind}, reading {rate / 1e6:.2f} TB/s, dot {flops / 1e6:.0f} TFLOP/s",
         flush=True,
     )
-    del big, square
     model = random_model(
         QWEN3_8B | {"num_hidden_layers": layers},
         dtype=jnp.bfloat16,
