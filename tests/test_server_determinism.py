@@ -106,7 +106,8 @@ def test_one_answer_from_any_server_under_any_load(tmp_path):
     completions: list[Answer] = []
     chats: list[Answer] = []
     for run in range(2):
-        with Process(folder, tmp_path / f"log{run}", *OPTIONS, "--seed", "7") as process:
+        options = (*OPTIONS, "--seed", "7", "--http-processes", str(1 + run))
+        with Process(folder, tmp_path / f"log{run}", *options) as process:
             for clients in (1, 8, 64, 1):
                 of_completions, of_chats = answers(process, clients)
                 completions += of_completions

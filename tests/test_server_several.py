@@ -1,8 +1,10 @@
 """Several HTTP processes on one port are one server: the same answers, one limit, one count, one end."""
 
 import asyncio
+import os
 import re
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from serving import KEY, Process, at_once, serving
 from jaxdet.llm import LLM
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.server.app import Settings
-from jaxdet.server.listeners import bind
+from jaxdet.server.listeners import bind, default_processes
 from jaxdet.server.messages import Full, Grown, Open, pack, receive
 from jaxdet.server.run import host_of
 from jaxdet.testing import write_tiny_model
@@ -161,6 +163,13 @@ def test_a_process_that_lags_holds_nobody_up(llm):
     other.close()
     host.join(60)
     assert not host.is_alive() and not llm.engine.has_work
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (4, 1), (7, 1), (8, 2), (16, 4), (128, 4)])
+def test_processes_by_default(monkeypatch, cores, processes):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert default_processes() == processes
 
 
 def test_a_port_that_is_taken_is_one_line():
