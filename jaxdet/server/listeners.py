@@ -14,8 +14,8 @@ def default_processes() -> int:
 def bind(host: str, port: int, count: int) -> list[socket.socket]:
     """One socket for each process, bound and not listening yet; port 0 takes a free one.
 
-    Linux spreads connections evenly over sockets that share a port (SO_REUSEPORT): of 64 at once, four idle processes
-    got 12 to 21 each, where with one socket for all, whoever woke first took up to 46. Elsewhere they have one for all.
+    Linux spreads connections evenly over sockets that share a port (SO_REUSEPORT). Of one socket for all, whoever wakes
+    first takes most of what comes at once; that was tried. Elsewhere they have one for all.
 
     Raises:
         OSError: the address is taken, or isn't this machine's.
