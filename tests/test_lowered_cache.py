@@ -63,8 +63,8 @@ def test_the_second_engine_finds_what_the_first_one_lowered(folder, monkeypatch)
 def doubled(folder):
     """2 · [1, 2] by a program kept in `folder`."""
     x = jnp.array([1.0, 2.0])
-    lowered = lowered_cache.lower(lambda x: 2 * x, (x,), {}, kept_in=folder, origin=("double",), jit=jax.jit)
-    return lowered.compile()(x).tolist()
+    program = lowered_cache.Program(lambda x: 2 * x, (x,), {}, ("double",), jax.jit)
+    return lowered_cache.lower(program, folder).compile()(x).tolist()
 
 
 def test_a_damaged_file_is_replaced(tmp_path):
@@ -85,18 +85,16 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
 
 def test_what_decides_a_program_decides_its_key(monkeypatch):
     x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    keys = [
-        lowered_cache._key((x,), {}, ("model",)),
-        lowered_cache._key((x,), {}, ("draw",)),
-        lowered_cache._key((x,), {"top": 3}, ("model",)),
-        lowered_cache._key((x, x), {}, ("model",)),
-        lowered_cache._key(([x],), {}, ("model",)),
-        lowered_cache._key((jax.ShapeDtypeStruct((2, 3), jnp.bfloat16),), {}, ("model",)),
-    ]
+
+    def key(*args, origin="model", **static):
+        return lowered_cache._key(lowered_cache.Program(abs, args, static, (origin,), jax.jit))
+
+    keys = [key(x), key(x, origin="draw"), key(x, top=3), key(x, x), key([x])]
+    keys.append(key(jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)))
     with jax.default_matmul_precision("highest"):
-        keys.append(lowered_cache._key((x,), {}, ("model",)))
+        keys.append(key(x))
     monkeypatch.setattr(lowered_cache, "_code", lambda: "of another version")
-    keys.append(lowered_cache._key((x,), {}, ("model",)))
+    keys.append(key(x))
     assert len(set(keys)) == len(keys)
 
 

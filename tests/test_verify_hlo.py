@@ -14,7 +14,7 @@ from jaxdet.cli import main
 from jaxdet.engine.buckets import Bucket
 from jaxdet.engine.packed import layout_of, pack
 from jaxdet.engine.step import _decode
-from jaxdet.engine.warm_up import _batch, _sampling_rows
+from jaxdet.engine.wanted import _batch, _sampling_rows
 from jaxdet.llm import LLM
 from jaxdet.models.layers import Batch
 from jaxdet.sampling_params import SamplingParams

@@ -21,7 +21,8 @@ from jaxdet.engine.scheduler import Part, Plan, Scheduler
 from jaxdet.engine.sequence import Constraint, Entry, Sequence
 from jaxdet.engine.stats import Counters, EngineStats
 from jaxdet.engine.step import Logprobs, Step, StepOutput
-from jaxdet.engine.warm_up import COPY_BUCKETS, compile_all
+from jaxdet.engine.wanted import COPY_BUCKETS, Programs, Wanted
+from jaxdet.engine.warm_up import compile_all
 from jaxdet.models.layers import Batch, DecoderLM
 from jaxdet.sampling_params import MAX_LOGPROBS, SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
@@ -304,10 +305,15 @@ class Engine:
         Args:
             progress: show a bar.
         """
-        target = self.step_fn, self._cache, self._last_tokens
-        drafter = self._drafter.programs if isinstance(self._drafter, ModelDrafter) else None
-        compile_all(target, drafter, self.buckets, self._table, steps=self._steps, progress=progress)
+        compile_all(self.wanted, progress=progress)
         self._compiled_at_start = self._compiled
+
+    @property
+    def wanted(self) -> Wanted:
+        """Every program that a request may need."""
+        target = Programs(self.step_fn, self._cache, self._last_tokens)
+        drafter = Programs(*self._drafter.programs) if isinstance(self._drafter, ModelDrafter) else None
+        return Wanted(target, drafter, self.buckets, self._table, self._steps)
 
     @property
     def _compiled(self) -> int:

@@ -2,7 +2,7 @@
 
 Python lowers a step of Hopper kernels in five to ten seconds and holds its lock meanwhile, so that an engine with
 thirty buckets would spend minutes on it at every start. What is kept is StableHLO, which holds no Python objects; XLA
-still compiles it, or finds it compiled in its own cache.
+still compiles it, or finds it compiled in its own cache. At the first start several processes lower (`lowering.py`).
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -28,50 +28,65 @@ SOURCES = (jaxdet.models, pallas_kernels)
 
 
 def folder(backend: str) -> Path | None:
-    """Where programs of `backend` are kept, if they are slow to lower: beside JAX's cache of compiled ones."""
+    """Where programs of `backend` for this device are kept, if they are slow to lower: in JAX's cache's folder."""
     compiled = jax.config.jax_compilation_cache_dir
     slow = backend == "mosaic_gpu" and jax.default_backend() == "gpu"
-    return (
-        Path(compiled) / "lowered" if slow and compiled and jax.config.jax_enable_compilation_cache else None
-    )
+    if not (slow and compiled and jax.config.jax_enable_compilation_cache):
+        return None
+    return Path(compiled) / "lowered" / platform_key()
 
 
-def lower(
-    function: Callable[..., Any],
-    args: tuple,
-    static: dict[str, Any],
-    *,
-    kept_in: Path,
-    origin: tuple,
-    jit: Callable[..., Any],
-) -> jax.stages.Lowered:
-    """`function`, jitted by `jit` and lowered for the arguments' shapes, from disk if it was lowered before.
+class Program(NamedTuple):
+    """What is lowered, and whatever decides what comes out."""
+
+    function: Callable[..., Any]
+    args: tuple
+    """Arrays, or their shapes and dtypes."""
+    static: dict[str, Any]
+    """Keyword arguments that are compiled in."""
+    origin: tuple
+    """Whatever else decides what the program is, as values whose `repr` tells them apart."""
+    jit: Callable[..., Any]
+    """`jax.jit` with its options, donated arguments among them."""
+
+
+def lower(program: Program, kept_in: Path) -> jax.stages.Lowered:
+    """From disk if it was lowered before; where `kept_in` can't be written, nothing is kept."""
+    exported = _read(path(program, kept_in)) or keep(program, kept_in)
+    return program.jit(exported.call).lower(*program.args)
+
+
+def keep(program: Program, kept_in: Path, platform: str | None = None) -> export.Exported:
+    """Lowers a program and writes it to the folder, which is made if it doesn't exist.
 
     Args:
-        args: arrays, or their shapes and dtypes.
-        static: keyword arguments that are compiled in.
-        kept_in: folder, made if it doesn't exist; where it can't be written, nothing is kept.
-        origin: whatever else decides what the program is, as values whose `repr` tells them apart.
-        jit: `jax.jit` with its options, donated arguments among them.
+        platform: "cuda" in a process that has no GPU; this process's own by default.
     """
-    path = kept_in / f"{_key(args, static, origin)}.stablehlo"
-    exported = _read(path)
-    if exported is None:
-        checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-        traced = jit(functools.partial(function, **static))
-        exported = export.export(traced, disabled_checks=checks)(*args)
-        with contextlib.suppress(OSError):  # a full disk or a read-only folder
-            kept_in.mkdir(parents=True, exist_ok=True)
-            write_whole(path, bytes(exported.serialize()))
-    return jit(exported.call).lower(*args)
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
+    traced = program.jit(functools.partial(program.function, **program.static))
+    platforms = None if platform is None else [platform]
+    exported = export.export(traced, disabled_checks=checks, platforms=platforms)(*program.args)
+    with contextlib.suppress(OSError):  # a full disk or a read-only folder
+        kept_in.mkdir(parents=True, exist_ok=True)
+        write_whole(path(program, kept_in), bytes(exported.serialize()))
+    return exported
 
 
-def _key(args: tuple, static: dict[str, Any], origin: tuple) -> str:
-    leaves, tree = jax.tree.flatten(args)
+def path(program: Program, kept_in: Path) -> Path:
+    """The program's file."""
+    return kept_in / f"{_key(program)}.stablehlo"
+
+
+def _key(program: Program) -> str:
+    leaves, tree = jax.tree.flatten(program.args)
     shapes = [(x.shape, str(x.dtype)) for x in leaves]
-    settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    what = (shapes, str(tree), sorted(static.items()), settings, platform_key(), origin)
+    what = (shapes, str(tree), sorted(program.static.items()), settings(), program.origin)
     return hashlib.sha256(f"{_code()} {what!r}".encode()).hexdigest()
+
+
+def settings() -> dict[str, Any]:
+    """JAX's settings that decide what a program is."""
+    return {name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_default_matmul_precision")}
 
 
 @functools.cache

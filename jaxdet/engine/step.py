@@ -7,7 +7,8 @@ for: kept apart, their variants add up instead of multiplying.
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxdet.engine import lowered_cache
+from jaxdet.engine.lowered_cache import Program
 from jaxdet.engine.packed import Layout, layout_of, pack, unpack
 from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
@@ -217,8 +219,27 @@ class Step:
 
     def compiler(self) -> "Step":
         """A twin whose methods, given shapes in the place of arrays, compile their program and don't run it."""
+        return self._twin(self._compile)
+
+    def lowerer(self, kept_in: Path, platform: str) -> "Step":
+        """A twin whose methods, given shapes, lower their program into a folder of `lowered_cache`."""
+        return self._twin(
+            lambda name, _, *args, **told: lowered_cache.keep(
+                self._program(name, *args, **told), kept_in, platform
+            )
+        )
+
+    def seeker(self, kept_in: Path) -> "Step":
+        """A twin whose methods, given shapes, tell whether their program is slow to lower and not in that folder."""
+        return self._twin(
+            lambda name, _, *args, **told: (
+                name in KEPT and not lowered_cache.path(self._program(name, *args, **told), kept_in).exists()
+            )
+        )
+
+    def _twin(self, call: Callable[..., Any]) -> "Step":
         twin = copy.copy(self)
-        twin._call = self._compile
+        twin._call = call
         return twin
 
     def _call(self, name: str, key: Any, *args: Any, told: tuple | None = None, **static: Any) -> Any:
@@ -226,17 +247,21 @@ class Step:
         return program(*args) if told is None else program(*args, pack(told))
 
     def _compile(self, name: str, key: Any, *args: Any, told: tuple | None = None, **static: Any) -> Any:
+        program = self._program(name, *args, told=told, **static)
+        if name in KEPT and (folder := lowered_cache.folder(self.backend)):
+            lowered = lowered_cache.lower(program, folder)
+        else:
+            lowered = program.jit(functools.partial(program.function, **program.static)).lower(*program.args)
+        self._programs[name, key] = compiled = lowered.compile()
+        return compiled
+
+    def _program(self, name: str, *args: Any, told: tuple | None = None, **static: Any) -> Program:
         if told is not None:
             args, static = (*args, pack(told)), static | {"layout": layout_of(told)}
         function, options = self._functions[name]
         jit = functools.partial(jax.jit, compiler_options=compiler_options(self.backend), **options)
-        if name in KEPT and (folder := lowered_cache.folder(self.backend)):
-            origin = name, self.config, str(self.dtype), self.backend
-            lowered = lowered_cache.lower(function, args, static, kept_in=folder, origin=origin, jit=jit)
-        else:
-            lowered = jit(functools.partial(function, **static)).lower(*args)
-        self._programs[name, key] = program = lowered.compile()
-        return program
+        origin = name, self.config, str(self.dtype), self.backend
+        return Program(function, args, static, origin, jit)
 
 
 def _model(graph, tree, weights, cache: KVCache, last_tokens, told, *, layout: Layout):

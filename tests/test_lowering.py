@@ -1,0 +1,109 @@
+"""Processes that lower programs for an engine: they find what is missing, and nothing depends on them."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxdet.engine import lowered_cache, lowering, step
+from jaxdet.engine.engine import Engine
+from jaxdet.engine.step import Step
+from jaxdet.testing import random_model
+
+TINY = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 96,
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowered_cache, "folder", lambda backend: tmp_path)
+    monkeypatch.setattr(lowering, "PLATFORM", "cpu")
+    monkeypatch.setattr(lowering.os, "cpu_count", lambda: 4)
+    return tmp_path
+
+
+def engine(backend="xla", dtype=jnp.float32, **sizes) -> Engine:
+    model = random_model(TINY, dtype=dtype, backend=backend, max_model_len=128)
+    sizes = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "num_pages": 4} | sizes
+    return Engine(model, salt="", max_model_len=128, **sizes)
+
+
+def test_processes_lower_what_the_engine_asks_for(folder, monkeypatch):
+    first = engine()
+    jobs = first.wanted.jobs(Step.compiler)
+    missing = lowering._missing(first.wanted, folder)
+    assert 8 <= len(missing) < len(jobs)
+    with lowering.beside(first.wanted) as wait:
+        for number in range(len(jobs)):
+            wait(number)
+    assert lowering._missing(first.wanted, folder) == []
+    assert len(list(folder.iterdir())) == len(missing)
+
+    def lowered_again(*_):
+        raise AssertionError("the engine did what the processes had done")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lowered_cache, "keep", lowered_again)
+        jobs[missing[0]]()
+        assert first.step_fn.compiled == 1
+        with jax.enable_x64(True), pytest.raises(AssertionError, match="had done"):
+            jobs[missing[0]]()  # other settings, another program
+    with lowering.beside(first.wanted) as wait:
+        wait(missing[0])  # nothing is missing: no process, no wait
+
+
+@pytest.mark.parametrize("dying", ["pass", "import sys; sys.stdin.buffer.read(9)"], ids=str)
+def test_the_engine_does_it_where_they_cannot(folder, monkeypatch, dying):
+    started = []
+
+    def process():
+        command = [sys.executable, "-c", dying]
+        started.append(
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        )
+        return started[-1]
+
+    monkeypatch.setattr(lowering, "_process", process)
+    monkeypatch.setattr(lowering, "WORTH", 1)
+    monkeypatch.setattr(step, "KEPT", ("copy", "logprobs"))  # quick to compile
+    only = engine()
+    monkeypatch.setattr(type(only.wanted), "jobs", _quick(type(only.wanted).jobs))
+    only.compile_all()
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert only.step_fn.compiled == len(only.wanted.jobs(Step.compiler)) > 2
+    assert lowering._missing(only.wanted, folder) == []
+
+
+def _quick(jobs):
+    """Those that copy pages and give log-probabilities."""
+
+    def some(wanted, twin):
+        return [job for job in jobs(wanted, twin) if job.func.__name__ in ("copy_pages", "logprobs")]
+
+    return some
+
+
+@pytest.mark.slow
+def test_they_lower_hopper_kernels_with_a_drafter(folder, monkeypatch):
+    monkeypatch.setattr(lowering, "PLATFORM", "cuda")
+    drafter = random_model(TINY, dtype=jnp.bfloat16, backend="mosaic_gpu", max_model_len=128, seed=1)
+    both = engine("mosaic_gpu", jnp.bfloat16, drafter=drafter, num_speculative_tokens=1)
+    missing = lowering._missing(both.wanted, folder)
+    with lowering.beside(both.wanted) as wait:
+        for number in missing:
+            wait(number)
+    assert lowering._missing(both.wanted, folder) == []
+    kinds = [lowered_cache._read(path).platforms for path in folder.iterdir()]
+    assert len(kinds) >= 8 and set(kinds) == {("cuda",)}
