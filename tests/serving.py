@@ -103,6 +103,10 @@ class Process(Served):
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
     def wait(self) -> int:
         """Its exit status."""
         return self._process.wait(60)

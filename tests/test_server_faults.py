@@ -246,6 +246,17 @@ def test_what_outlasts_the_drain_is_told_so(folder, tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+def test_signals_that_go_on_are_not_the_exit_status(folder, tmp_path):
+    """Some supervisors repeat SIGTERM; the last ones find Python taking its modules apart."""
+    with Process(folder, tmp_path / "log", "--max-model-len", "256", "--drain", "0") as process:
+        sent = 0
+        while process.running:
+            process.terminate()
+            sent += 1
+            time.sleep(0.005)
+        assert sent > 10 and process.wait() == 0
+
+
 def test_restart_and_drain(folder, llm, server, tmp_path):
     """Another process gives the same bits, and a running answer whole although it was told to stop."""
     expected = answer(server)

@@ -144,6 +144,7 @@ class EngineClient:
     ):
         self._connection, self._tokenizer, self._metrics = connection, tokenizer, metrics
         self._capacity, self._timeout, self._on_lost = capacity, timeout, on_lost
+        self._cut_off = False
         self.state = State(healthy=False)
         """Whether the engine is there and works, and whether there is room."""
         self._jobs: dict[Job, None] = {}
@@ -168,7 +169,7 @@ class EngineClient:
         """Queues a job; `close` must follow, whatever happens after.
 
         Raises:
-            ApiError: too much waits already, or would ever fit, or the engine is gone.
+            ApiError: too much waits already, or would ever fit, or the server is stopping, or the engine is gone.
             ValueError: the engine refuses a prompt.
         """
         if job.size > self._capacity:
@@ -176,6 +177,8 @@ class EngineClient:
                 400,
                 f"the request asks for {job.size} sequences and at most {self._capacity} fit; ask for fewer",
             )
+        if self._cut_off:
+            raise _stopping()
         if self._task.done():
             raise _gone()
         loop = asyncio.get_running_loop()
@@ -213,10 +216,10 @@ class EngineClient:
                 self._seen.pop(request, None)
 
     def cut_off(self) -> None:
-        """Ends all open jobs with an error: the server stops."""
-        stopping = ApiError(503, "the server is stopping; try again", headers={"Retry-After": "1"})
+        """Ends all open jobs with an error, and takes no more: the server stops."""
+        self._cut_off = True
         for job in self._jobs:
-            job.fail(stopping)
+            job.fail(_stopping())
 
     async def updates(self, job: Job) -> AsyncIterator[list[Update]]:
         """Everything that the job's prompts get, until all of them have ended.
@@ -353,6 +356,10 @@ class EngineClient:
         self._seen[request] = now
         if done:
             self._metrics.duration.observe(now - job.began)
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping; try again", headers={"Retry-After": "1"})
 
 
 def _gone() -> ApiError:

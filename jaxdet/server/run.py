@@ -90,6 +90,10 @@ def run_server(llm: LLM, settings: Settings, listeners: Sequence[socket.socket],
         _forward_signals(processes)
         statuses = list(_wait(processes))
         engine.join(BACKSTOP_SECONDS)
+    # Python resets handlers before it takes its modules apart, which lasts most of a second with JAX: another SIGTERM
+    # would be the exit status. It leaves alone what is ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     return 0 if all(status in (0, -signal.SIGTERM, -signal.SIGINT) for status in statuses) else 1
 
 
