@@ -111,15 +111,15 @@ class EngineHost:
                 else:
                     act()
         finally:
-            for sequence in list(self._live):
-                self._engine.abort(sequence)
-            self._compilers.shutdown(wait=False, cancel_futures=True)
             for connection in connections:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)  # which the reader hears, too
             for reader, connection in zip(readers, connections, strict=True):
                 reader.join()
                 connection.close()
+            self._compilers.shutdown(wait=False, cancel_futures=True)
+            for sequence in list(self._live):
+                self._engine.abort(sequence)
 
     def _read(self, peer: _Peer) -> None:
         """In a thread of its own: waits for messages."""

@@ -12,7 +12,10 @@ def default_processes() -> int:
 
 
 def bind(host: str, port: int, count: int) -> list[socket.socket]:
-    """One socket for each process, bound and not listening yet; port 0 takes a free one.
+    """One socket for each process; port 0 takes a free one.
+
+    The first one listens already, without which another server could still take the port while a model is loaded; who
+    connects before processes accept waits.
 
     Linux spreads connections evenly over sockets that share a port (SO_REUSEPORT). Of one socket for all, whoever wakes
     first takes most of what comes at once; that was tried. Elsewhere they have one for all.
@@ -22,13 +25,14 @@ def bind(host: str, port: int, count: int) -> list[socket.socket]:
     """
     try:
         found = [_bind(host, port, share=False)]
+        found[0].listen()
     except OSError as error:
         raise OSError(
             f"host {host!r} and port {port} can't be listened on ({error.strerror}); choose others"
         ) from None
     if sys.platform != "linux":
         return found * count
-    # Set from the start, it would let the first one join another server's port.
+    # Set before it listens, it would let the first one join another server's port, or another one join.
     found[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return found + [_bind(host, found[0].getsockname()[1], share=True) for _ in range(count - 1)]
 

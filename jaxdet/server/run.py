@@ -68,11 +68,17 @@ def http_processes(
             yield processes, connections
         finally:
             for connection in connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # closing alone isn't heard while somebody reads
                 connection.close()
+            for process in processes:
+                process.wait()
 
 
 def run_server(llm: LLM, settings: Settings, listeners: Sequence[socket.socket], *, drain: int) -> int:
     """Serves until it is told to stop; then no connection is accepted and those that are open may end.
+
+    SIGINT and SIGTERM are ignored afterwards: the process is expected to end.
 
     Args:
         listeners: of `bind`: there are as many HTTP processes.
@@ -82,12 +88,17 @@ def run_server(llm: LLM, settings: Settings, listeners: Sequence[socket.socket],
         The exit status: 0 if it was told to stop, 1 if a process ended by itself.
     """
     logging.config.dictConfig(LOGGING)
-    with http_processes(listeners, Serve(Model.of(llm), settings, drain)) as (processes, connections):
+    processes: list[subprocess.Popen] = []
+    told = _forward_signals(processes)
+    with http_processes(listeners, Serve(Model.of(llm), settings, drain)) as (started, connections):
+        processes += started
+        if told:  # while they started
+            for process in processes:
+                process.terminate()
         # The main thread only waits: it could not heed a signal while it is in a step.
         run = host_of(llm, connections, settings).run
         engine = threading.Thread(target=run, name="engine", daemon=True)
         engine.start()
-        _forward_signals(processes)
         statuses = list(_wait(processes))
         engine.join(BACKSTOP_SECONDS)
     # Python resets handlers before it takes its modules apart, which lasts most of a second with JAX: another SIGTERM
@@ -106,10 +117,13 @@ def _wait(processes: Sequence[subprocess.Popen]) -> Iterator[int]:
                 process.terminate()
 
 
-def _forward_signals(processes: Sequence[subprocess.Popen]) -> None:
+def _forward_signals(processes: Sequence[subprocess.Popen]) -> list[int]:
     """Signals that end the server go to the processes that know of requests: the second Ctrl-C doesn't let them end.
 
     It stays so until they are gone: a signal that comes when all is over must not change the exit status.
+
+    Returns:
+        The signals so far; it grows, as `processes` may.
     """
     told: list[int] = []
 
@@ -121,3 +135,4 @@ def _forward_signals(processes: Sequence[subprocess.Popen]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
+    return told
