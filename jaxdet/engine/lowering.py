@@ -5,11 +5,13 @@ a line once that program is in the folder. It needs no accelerator and no weight
 """
 
 import contextlib
+import logging
 import os
 import pickle
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +25,17 @@ from jaxdet.engine.buckets import Buckets
 from jaxdet.engine.step import Step
 from jaxdet.engine.wanted import Programs, Wanted, shapes_of
 from jaxdet.models.layers import KVCache
+from jaxdet.processors import usable_cpus
+
+log = logging.getLogger(__name__)
 
 PLATFORM = "cuda"
 """The only one whose programs are slow to lower."""
 WORTH = 4
 """Programs that one process more must have to lower."""
 MOST_PROCESSES = 8
+PATIENCE_SECONDS = 300
+"""The longest that a program waits for its turn and for being lowered."""
 
 
 class _Model(NamedTuple):
@@ -57,54 +64,75 @@ class _Work(NamedTuple):
     platform: str
     settings: dict[str, Any]
 
+    @classmethod
+    def of(cls, wanted: Wanted, kept_in: Path) -> "_Work":
+        target, drafter, buckets, table, steps = wanted
+        models = _Model.of(target), None if drafter is None else _Model.of(drafter)
+        return cls(*models, buckets, table, steps, kept_in, PLATFORM, lowered_cache.settings())
+
 
 @contextlib.contextmanager
 def beside(wanted: Wanted) -> Iterator[Callable[[int], object]]:
     """Starts processes if they are worth it; they end with the context.
 
     Yields:
-        What waits until a program, by its number in `wanted.jobs`, is lowered, or until no process will do it. Then
-        this one has to.
+        What waits until a program, by its number in `wanted.jobs`, is lowered, or until no process is likely to do it.
+        Then this one has to.
     """
     kept_in = lowered_cache.folder(wanted.target.step.backend)
-    missing = [] if kept_in is None else _missing(wanted, kept_in)
-    count = min(len(missing) // WORTH, (os.cpu_count() or 1) // 2, MOST_PROCESSES)
-    if kept_in is None or count < 2:
-        yield lambda number: None
-        return
-    work = _Work(
-        _Model.of(wanted.target),
-        None if wanted.drafter is None else _Model.of(wanted.drafter),
-        wanted.buckets,
-        wanted.table,
-        wanted.steps,
-        kept_in,
-        PLATFORM,
-        lowered_cache.settings(),
-    )
-    pickled = pickle.dumps(work)
+    missing = [] if kept_in is None or not _writable(kept_in) else _missing(wanted, kept_in)
+    count = min(len(missing) // WORTH, usable_cpus() // 2, MOST_PROCESSES)
     left: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in missing:
         left.put(number)
     over = {number: threading.Event() for number in missing}
-    with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(_process()) for _ in range(count)]
-        stack.callback(lambda: [process.kill() for process in processes])  # before they are waited for
-        feeders = [
-            threading.Thread(target=_feed, args=(p, pickled, left, over), daemon=True) for p in processes
-        ]
 
-        def give_up() -> None:
-            """Nobody is left to lower what isn't lowered yet."""
-            for feeder in feeders:
-                feeder.join()
-            for event in over.values():
-                event.set()
+    def give_up() -> None:
+        for event in over.values():
+            event.set()
 
-        for feeder in feeders:
-            feeder.start()
-        threading.Thread(target=give_up, daemon=True).start()
-        yield lambda number: number in over and over[number].wait()
+    def wait(number: int) -> None:
+        if number in over and not over[number].wait(PATIENCE_SECONDS):
+            log.warning(
+                "processes that lower programs don't answer; the engine does it itself, which takes minutes"
+            )
+            give_up()
+
+    def feed(process: subprocess.Popen) -> None:
+        _feed(process, work, left, over)
+        with done:
+            fed.append(process)
+            if len(fed) == len(processes):
+                give_up()
+
+    processes, fed, done, work = [], [], threading.Lock(), b""
+    try:
+        if kept_in is not None and count > 1:
+            work = pickle.dumps(_Work.of(wanted, kept_in))
+            for _ in range(count):
+                processes.append(_process())
+    except Exception as error:
+        log.warning("no processes lower programs beside the engine: %s", error)
+    if not processes:
+        give_up()
+    try:
+        for process in list(processes):
+            threading.Thread(target=feed, args=(process,), daemon=True).start()
+        yield wait
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _writable(folder: Path) -> bool:
+    """Whether what is lowered can be kept there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _missing(wanted: Wanted, kept_in: Path) -> list[int]:
@@ -117,6 +145,8 @@ def _process() -> subprocess.Popen:
         [sys.executable, "-P", "-c", "from jaxdet.engine.lowering import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # what it fails at the engine fails at, too, and says so
+        bufsize=0,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the accelerator is the engine's
         start_new_session=True,  # Ctrl-C is the engine's, too
     )
@@ -125,15 +155,16 @@ def _process() -> subprocess.Popen:
 def _feed(
     process: subprocess.Popen, work: bytes, left: queue.SimpleQueue, over: dict[int, threading.Event]
 ) -> None:
-    """Gives a process one program after another."""
+    """Gives a process one program after another, until none is left or it doesn't answer."""
     assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(OSError, ValueError, queue.Empty):  # it died, or the context is over
-        process.stdin.write(work)
+    with process.stdin, process.stdout, contextlib.suppress(OSError, ValueError, queue.Empty):
+        rest = memoryview(work)
+        while rest:
+            rest = rest[process.stdin.write(rest) :]
         while True:
             number = left.get_nowait()
             try:
                 process.stdin.write(b"%d\n" % number)
-                process.stdin.flush()
                 if not process.stdout.readline():
                     return
             finally:

@@ -230,10 +230,13 @@ class Step:
         )
 
     def seeker(self, kept_in: Path) -> "Step":
-        """A twin whose methods, given shapes, tell whether their program is slow to lower and not in that folder."""
+        """A twin whose methods, given shapes, tell whether their program belongs in that folder and isn't there."""
+        here = lowered_cache.folder(self.backend) == kept_in  # a drafter may have another backend
         return self._twin(
             lambda name, _, *args, **told: (
-                name in KEPT and not lowered_cache.path(self._program(name, *args, **told), kept_in).exists()
+                here
+                and name in KEPT
+                and not lowered_cache.path(self._program(name, *args, **told), kept_in).exists()
             )
         )
 

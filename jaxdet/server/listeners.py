@@ -1,14 +1,14 @@
 """The sockets that HTTP processes accept connections from, all on one port."""
 
-import os
 import socket
 import sys
+
+from jaxdet.processors import usable_cpus
 
 
 def default_processes() -> int:
     """One HTTP process for every four CPU cores that this process may use, at least 1 and at most 4."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(4, cores // 4))
+    return max(1, min(4, usable_cpus() // 4))
 
 
 def bind(host: str, port: int, count: int) -> list[socket.socket]:
