@@ -218,10 +218,14 @@ def add_rounded(a, b, layout):
 
 
 def reduce_columns(x, layout, row_layout):
-    """Sum over the columns of [rows, columns] in one tree, whatever the layout: that of a WGMMA tile.
+    """Sum over the columns of [rows, columns] in one tree, that of a WGMMA tile.
 
     Mosaic's own `sum` picks its tree from the rows a warpgroup holds. Column 8g + 2t + e: even g ascending
     plus odd g ascending, then e = 0 plus e = 1, then (t₀ + t₁) + (t₂ + t₃).
+
+    Args:
+        layout: WGMMA, or one whose lanes hold columns 16 apart, ascending, and whose lane dimensions along the columns
+            are, from the major one, t, e and the parity of g.
     """
     if interpreting():
         parts = x.reshape(x.shape[0], -1, 2, 4, 2)

@@ -1,8 +1,8 @@
 """The arithmetic that prefill and decode share on Hopper; every line of it is part of the contract.
 
-Scores are in log2 units: s · c with c = log2(e) · scale, or log2(e) · cap after a soft-cap. A warpgroup
-holds 64 query rows. Within a segment, from the empty state m = −1e30, l = 0, acc = 0, blocks of keys
-ascending:
+Scores are in log2 units: s · c with c = log2(e) · scale, or log2(e) · cap after a soft-cap. A warpgroup holds 64
+query rows of a prefill, and of a decode step the heads of a group. Within a segment, from the empty state m = −1e30,
+l = 0, acc = 0, blocks of keys ascending:
 
     m′ = max(m, max(s) · c);  p = 2^fma(s, c, −m′);  α = 2^(m − m′)
     l = fma(l, α, Σp);  acc = acc · α, then += round(p) · V, keys ascending in wgmma steps of 16
@@ -58,7 +58,7 @@ def cap(scores, scale: float, soft_cap: float | None):
 
 
 def mask(scores, row_position, key_position, window: int | None):
-    """−inf where a key lies after its query or outside the window; positions are [64, keys] int32."""
+    """−inf where a key lies after its query or outside the window; positions are like the scores, int32."""
     visible = row_position >= key_position
     if window is not None:
         visible = visible & (key_position + window > row_position)
