@@ -173,6 +173,19 @@ def test_a_slow_grammar_holds_nobody_up(llm):
     peer.close()
 
 
+def test_a_grammar_that_breaks_its_compiler_is_refused(llm):
+    def start(_):
+        raise RuntimeError("out of states")
+
+    peer = Peer(lambda connection: EngineHost(llm.engine, start, [connection], capacity=4))
+    peer.send(Open(0, [[5, 6]], SamplingParams(), Grammar("start: x", "json_schema")))
+    refused = peer.receive()
+    assert isinstance(refused, Refused) and str(refused.error) == "RuntimeError: out of states"
+    peer.send(Ask())
+    assert isinstance(peer.receive(), Told), "it goes on"
+    peer.close()
+
+
 def test_a_host_that_fails_ends_the_connection(llm, peer, monkeypatch):
     monkeypatch.setattr(host, "pack", lambda _: 1 / 0)
     hook = []

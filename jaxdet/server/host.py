@@ -166,8 +166,8 @@ class EngineHost:
             return
         try:
             constraint = found.result()
-        except ValueError as error:
-            self._send(peer, Refused(message.first, error))
+        except Exception as error:
+            self._refuse(peer, message, error)
         else:
             self._open(peer, message, constraint)
 
@@ -182,15 +182,18 @@ class EngineHost:
         except Exception as error:
             for sequence in opened:
                 self._engine.abort(sequence)
-            if not isinstance(error, ValueError):
-                log.exception("a request could not be queued")
-                error = RuntimeError(f"{type(error).__name__}: {error}")
-            self._send(peer, Refused(message.first, error))
+            self._refuse(peer, message, error)
             return
         for number, sequence in enumerate(opened, message.first):
             self._live[sequence] = _Live(peer, number, len(sequence.prompt), message.score)
             peer.numbered[number] = sequence
         self._send(peer, Opened(message.first))
+
+    def _refuse(self, peer: _Peer, message: Open, error: Exception) -> None:
+        if not isinstance(error, ValueError):
+            log.error("a request could not be queued", exc_info=error)
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        self._send(peer, Refused(message.first, error))
 
     def _close(self, peer: _Peer, message: Close) -> None:
         for number in message.numbers:
