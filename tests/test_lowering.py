@@ -6,22 +6,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from test_lowered_cache import TINY
 
 from jaxdet.engine import lowered_cache, lowering, step
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.step import Step
 from jaxdet.testing import random_model
-
-TINY = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 96,
-}
 
 
 @pytest.fixture

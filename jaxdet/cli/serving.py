@@ -59,9 +59,8 @@ def serve(
         allow_origins=allow_origin or (),
         log_prompts=log_prompts,
     )
-    listeners = bind(
-        host, port, http_processes or default_processes()
-    )  # before the model, which takes a while
+    # Before the model, which takes a while.
+    listeners = bind(host, port, http_processes or default_processes())
     llm = LLM(
         model,
         dtype=dtype,

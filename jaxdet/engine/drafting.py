@@ -15,7 +15,8 @@ from jaxdet.engine.buckets import Buckets
 from jaxdet.engine.scheduler import Part, Plan
 from jaxdet.engine.sequence import Sequence
 from jaxdet.engine.step import Step
-from jaxdet.models.layers import Batch, KVCache
+from jaxdet.engine.wanted import Programs
+from jaxdet.models.layers import Batch
 from pallas_kernels.numerics import PAGE_SIZE
 
 LONGEST_NGRAM = 4
@@ -81,9 +82,9 @@ class ModelDrafter:
         self.reset()
 
     @property
-    def programs(self) -> tuple[Step, KVCache, jax.Array]:
-        """What `compile_all` needs."""
-        return self._step, self._cache, self._last
+    def programs(self) -> Programs:
+        """Its part of `Wanted`."""
+        return Programs(self._step, self._cache, self._last)
 
     def reset(self) -> None:
         self._cache = self._step.new_cache(self._num_pages, PAGE_SIZE)

@@ -312,7 +312,7 @@ class Engine:
     def wanted(self) -> Wanted:
         """Every program that a request may need."""
         target = Programs(self.step_fn, self._cache, self._last_tokens)
-        drafter = Programs(*self._drafter.programs) if isinstance(self._drafter, ModelDrafter) else None
+        drafter = self._drafter.programs if isinstance(self._drafter, ModelDrafter) else None
         return Wanted(target, drafter, self.buckets, self._table, self._steps)
 
     @property
