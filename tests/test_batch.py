@@ -151,6 +151,44 @@ def test_bad_lines(llm, tmp_path):
     assert len({tuple(texts(a)) for a in read(run.output)}) == 1
 
 
+def test_a_custom_id_is_one_lines(llm, tmp_path):
+    """Whichever lines were answered before, and whatever the other format calls its own."""
+    again = openai_line("chat 1", CHAT, messages=[{"role": "user", "content": "again"}])
+    wrong, after = openai_line("wrong", "/v1/embeddings"), openai_line("wrong", "/v1/completions", prompt="x")
+    bom = b"\xef\xbb\xbf" + json.dumps(again).encode() + b"\n"
+    own = {"prompt": "x", "id": "chat 1"}
+    lines = [
+        *mixed(6),
+        b"\n",
+        again,
+        wrong,
+        own,
+        own,
+        after,
+        bom,
+        again | {"method": "GET"},
+        b'{"custom_id"\n',
+    ]
+    run = Run(llm, write(tmp_path / "in.jsonl", lines), tmp_path / "run")
+    found = run()
+    assert (found.requests, found.failed, run.results) == (14, 6, 10)
+    errors = read(run.errors)
+    told = {e["line"]: (e["id"], e["error"]["message"].split(";")[0], e["error"]["code"]) for e in errors}
+    twin = ("chat 1", "custom_id: line 2 has the same", "duplicate_custom_id")
+    assert told.pop(15)[0] is None and told.pop(9)[2] is None
+    assert told == {8: twin, 12: ("wrong", "custom_id: line 9 has the same", twin[2]), 13: twin, 14: twin}
+    stopped = Run(llm, run.source, tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        stopped(stop_after=3)
+    assert stopped().answered == 7
+    assert stopped.bytes == run.bytes
+    rows = _complete([line | {"body": json.dumps(line["body"])} for line in (again, after, again)])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    table = Run(llm, tmp_path / "in.parquet", tmp_path / "table")
+    table()
+    assert [e["line"] for e in read(table.errors)] == [3] and len(read(table.output)) == 2
+
+
 def test_lines_that_are_too_long(llm, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 2**20)
     monkeypatch.setattr("jaxdet.batch.request.MAX_LINE_BYTES", 2**20)

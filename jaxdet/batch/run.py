@@ -14,6 +14,7 @@ from typing import Any
 import filelock
 from tqdm import tqdm
 
+from jaxdet.batch.duplicates import duplicates
 from jaxdet.batch.journal import Journal, run_of, sync_folder
 from jaxdet.batch.output import publish, sync_file
 from jaxdet.batch.request import Result
@@ -108,6 +109,8 @@ def run_batch(
 
 def _answer(lines: Source, journal: Journal, answers: Answers) -> int:
     """Gets what is missing into the journal; returns how many tokens were sampled for it."""
+    for result in duplicates(lines):  # before the work is shared out: workers see only their own lines
+        journal.add(result.number, result.good, result.data)
     tokens, began = 0, time.perf_counter()
     bar = tqdm(total=lines.requests, initial=journal.done, desc="Answering", unit="line", disable=None)
     try:
