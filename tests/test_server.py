@@ -112,6 +112,8 @@ def test_chat(server):
     streamed = [e.logprob for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert streamed == [e.logprob for e in entries]
     assert chunks[-1].choices[0].finish_reason == "length"
+    ids = {chunk.id for chunk in chunks}
+    assert len(ids) == 1 and whole.id not in ids and all(i.startswith("chatcmpl-") for i in (whole.id, *ids))
 
 
 def test_stop_and_logit_bias(server):

@@ -105,6 +105,23 @@ def test_malformed_bodies(server, name, path):
 
 
 @pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no JSON", "Expecting property name enclosed in double quotes at character 2"),
+        ("bad UTF-8", "no UTF-8"),
+        ("deep", "nested too deeply"),
+        ("huge number", "thousands of digits"),
+    ],
+)
+def test_what_is_no_json_is_told_so(server, name, says):
+    reply = server.http.post(
+        "/v1/completions", content=MALFORMED[name], headers={"Content-Type": "application/json"}
+    )
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and says in error["message"] and error["param"] is None
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"messages": []},

@@ -29,12 +29,17 @@ class Answer:
     """How many of the most likely tokens to list."""
     tools: ToolUse | None = None
     """The tool calls that it may hold."""
-    id: str = dataclasses.field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    unique: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    """What its id has after OpenAI's prefix."""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
     def is_chat(self) -> bool:
         return self.kind == "chat.completion"
+
+    @property
+    def id(self) -> str:
+        return f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.unique}"
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """The answer to a request without streaming."""

@@ -139,14 +139,13 @@ class Requests:
         return Query(line.number, task, body.id, answer)
 
     def _body(self, task: Task, digest: str, outputs: list[RequestOutput]) -> dict[str, Any]:
-        prefix = "chatcmpl" if task.kind == "chat.completion" else "cmpl"
         answer = Answer(
             task.kind,
             self._name,
             self.fingerprint,
             task.logprobs,
             task.tools,
-            id=f"{prefix}-{digest}",
+            unique=digest,
             created=0,
         )
         whole = answer.whole(outputs)

@@ -14,6 +14,8 @@ log = logging.getLogger("jaxdet.server")
 
 JSON_TYPE = re.compile(r"\s*application/([^;]*\+)?json\s*(;|$)", re.IGNORECASE)
 
+UNREADABLE = "the body is no UTF-8, nested too deeply or has a number of thousands of digits; send JSON without any of these"
+
 
 def respond(error: ApiError) -> JSONResponse:
     """The error as an answer."""
@@ -39,12 +41,18 @@ def install_handlers(app: FastAPI) -> None:
         if not JSON_TYPE.match(kind):  # then FastAPI didn't read the body
             message = f"Content-Type is {kind!r} and must be 'application/json'; set that header"
             return respond(ApiError(415, message))
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            message = f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][1] + 1}"
+            return respond(ApiError(400, message))
         return respond(invalid(error.errors()))
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if error.status_code == 404:
             return respond(ApiError(404, "there is no such path; GET /openapi.json lists all"))
+        if error.status_code == 400:  # FastAPI's, about any body that Python can't read
+            return respond(ApiError(400, UNREADABLE))
         return respond(ApiError(error.status_code, str(error.detail), headers=error.headers))
 
     async def other(_: Request, error: Exception) -> JSONResponse:
