@@ -9,6 +9,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+ALIGN = 64
+"""Every part begins at a multiple of 256 bytes. XLA hands a part to a kernel as it lies in the vector, without a copy;
+it looks at the part's size alone, and Mosaic refuses any other address."""
+
 Layout = tuple[Any, tuple[tuple[tuple[int, ...], str], ...]]
 """A tree's structure, and the shape and dtype of its leaves."""
 
@@ -29,9 +33,14 @@ def layout_of(tree: Any) -> Layout:
 def pack(tree: Any) -> Any:
     """All numbers of a tree of NumPy arrays in one int32 vector, by their bits; of shapes, its shape."""
     leaves = jax.tree.leaves(tree)
+    size = sum(_room(x.size) for x in leaves)
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((sum(x.size for x in leaves),), jnp.int32)
-    return np.concatenate([np.ravel(x).view(np.int32) for x in leaves])
+        return jax.ShapeDtypeStruct((size,), jnp.int32)
+    vector, at = np.zeros(size, np.int32), 0
+    for x in leaves:
+        vector[at : at + x.size] = np.ravel(x).view(np.int32)
+        at += _room(x.size)
+    return vector
 
 
 def unpack(vector: Int[Array, " n"], layout: Layout) -> Any:
@@ -42,5 +51,9 @@ def unpack(vector: Int[Array, " n"], layout: Layout) -> Any:
         size = math.prod(shape)
         part = vector[at : at + size].reshape(shape)
         leaves.append(part if dtype == "int32" else lax.bitcast_convert_type(part, dtype))
-        at += size
+        at += _room(size)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _room(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
