@@ -59,7 +59,8 @@ class LLM:
         num_speculative_tokens: how many guesses one step verifies.
         num_scheduler_steps: decode steps that the device takes at once while no request needs the host in between, as
             penalties, grammars, logprobs, guesses and new prompts do. Saves host time; tokens come in bursts. By
-            default 1 on a CPU, elsewhere 8 with less than 1 GB of weights, 4 with less than 4 GB and 1 above.
+            default 1 on a CPU, elsewhere 8 with less than 1 GB of weights, 4 with less than 4 GB, 2 with less than 32 GB
+            and 1 above.
         compile_at_start: compile every program before the first request (with a bar) instead of when it is needed;
             by default everywhere but on a CPU.
         seed: seed of requests that bring none.
@@ -143,7 +144,7 @@ class LLM:
         network = _load(checkpoint, DTYPES[dtype], backend, max_model_len)
         certificates.say(self.name, network.backend, dtype)
         if num_scheduler_steps is None:
-            num_scheduler_steps = 1 if on_cpu else _steps_at_once(network)
+            num_scheduler_steps = 1 if on_cpu else steps_at_once(network)
         drafter = None
         if speculative_model == NGRAM:
             drafter = NGRAM
@@ -466,10 +467,13 @@ class _Watched:
         return value
 
 
-def _steps_at_once(network: DecoderLM) -> int:
-    """The host needs some milliseconds to prepare a step, the device as long as it takes to read the weights."""
+def steps_at_once(network: DecoderLM) -> int:
+    """Decode steps that are worth one dispatch to an accelerator.
+
+    The host needs about four milliseconds for a dispatch, the device as long as it takes to read the weights.
+    """
     size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(network)))
-    return 8 if size < 1e9 else 4 if size < 4e9 else 1
+    return 8 if size < 1e9 else 4 if size < 4e9 else 2 if size < 32e9 else 1
 
 
 def _load(checkpoint: Checkpoint, dtype: jnp.dtype, backend: str | None, max_model_len: int) -> DecoderLM:
