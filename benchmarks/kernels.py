@@ -94,10 +94,16 @@ def gpu_us(f, operands, repeats: int) -> float:
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes a microsecond at which a large array is read, and operations of a large bfloat16 product."""
+    """Bytes a microsecond at which a large array is read, and operations of large bfloat16 products.
+
+    The products run for more than a second and the later half counts: at full power the card lowers its clock within
+    tenths of a second, and a step of many rows never sees the clock that a few products have.
+    """
     big, square = normal(0, 2**14, 2**15), normal(0, 8192, 8192)
     rate = big.nbytes / gpu_us(jax.jit(functools.partial(jnp.max, axis=1)), [(big,)], 5)
-    return rate, 2 * 8192**3 / gpu_us(jax.jit(jnp.dot), [(square, square)], 5)
+    product = jax.jit(jnp.dot)
+    wall_us(product, (square, square), 400)
+    return rate, 2 * 8192**3 / wall_us(product, (square, square), 400)
 
 
 def wall_us(f, arguments, repeats: int) -> float:
