@@ -59,8 +59,8 @@ class LLM:
         num_speculative_tokens: how many guesses one step verifies.
         num_scheduler_steps: decode steps that the device takes at once while no request needs the host in between, as
             penalties, grammars, logprobs, guesses and new prompts do. Saves host time; tokens come in bursts. By
-            default 1 on a CPU, elsewhere 8 with less than 1 GB of weights, 4 with less than 4 GB, 2 with less than 32 GB
-            and 1 above.
+            default 1 on a CPU, elsewhere 8 with less than 1 GB of weights, 4 with less than 4 GB, 2 with less than
+            32 GB and 1 above.
         compile_at_start: compile every program before the first request (with a bar) instead of when it is needed;
             by default everywhere but on a CPU.
         seed: seed of requests that bring none.
