@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxdet.outputs import CompletionOutput, Logprob
+from jaxdet.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxdet.rl import compare
 
 SAMPLED = [np.array([-1.0, -2.0, -0.5], np.float32), np.array([-3.0], np.float32)]
@@ -42,6 +42,8 @@ def test_completions():
     completion = CompletionOutput(0, "", [5, 3], logprobs=entries)
     assert compare([completion], [[-1.5, -0.25]]).differing == 0
     assert compare([completion], [[-0.2, -0.25]]).differing == 1
+    two = RequestOutput("0", "", [1], [completion, completion])
+    assert compare([two, completion], [[-1.5, -0.25]] * 3).compared == 6
     with pytest.raises(ValueError, match=r"sample with SamplingParams\(logprobs=0\)$"):
         compare([CompletionOutput(0, "", [5])], [[-1.5]])
 

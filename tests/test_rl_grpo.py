@@ -132,6 +132,10 @@ def test_resumed_to_the_same_bits(runs, whole, tmp_path):
         ValueError, match=r"^seed=1, but the run in .* has 0; use that, or another directory$"
     ):
         runs.new(directory=tmp_path, seed=1)
+    with pytest.raises(
+        ValueError, match=r"^the run in .* has another model or another kind of optimizer; use"
+    ):
+        GRPO(runs.llm, share_of_digits, optax.sgd(1e-3), trainer.config, directory=tmp_path)
 
 
 def test_padding_stays_zero(runs):
@@ -178,24 +182,37 @@ def test_advantages():
 
 
 def test_refusals(runs):
-    with pytest.raises(ValueError, match=r"^group_size=1 must be at least 2$"):
+    with pytest.raises(ValueError, match=r"^group_size=1 must be a whole number of at least 2$"):
         GRPOConfig(group_size=1)
-    with pytest.raises(ValueError, match=r"^clip=0 must be above 0$"):
+    with pytest.raises(ValueError, match=r"^max_tokens=2.5 must be a whole number of at least 1$"):
+        GRPOConfig(max_tokens=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^clip=0 must be a number above 0$"):
         GRPOConfig(clip=0)
+    with pytest.raises(ValueError, match=r"^prompts is empty; give at least one prompt$"):
+        runs.new().train([], 1)
+    with pytest.raises(ValueError, match=r"^save_every=0 must be a whole number of at least 1$"):
+        GRPO(runs.llm, share_of_digits, runs.optimizer, GRPOConfig(), save_every=0)
+    with pytest.raises(ValueError, match=r"^reward gave \[None, .*; it must give finite numbers$"):
+        runs.new(lambda *_: None).train(PROMPTS, 1, use_tqdm=False)
     with pytest.raises(ValueError, match=r"^reward gave .*; it must give finite numbers$"):
         runs.new(lambda *_: float("nan")).train(PROMPTS, 1, use_tqdm=False)
 
 
 @pytest.mark.slow
-def test_the_guide(tmp_path, monkeypatch):
-    """The loop of docs/rl.md, with a tiny model and two steps; and what it says about comparing."""
-    first, second, *_ = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+def test_the_guide(tmp_path, monkeypatch, capsys):
+    """The loop of docs/rl.md, with a tiny model and two steps, run twice; the forward pass; and comparing."""
+    loop, own, comparing, *_ = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     folder = write_tiny_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    exec(first.replace("smollm2-135m", str(folder)).replace("steps=200", "steps=2"), found := {})
+    exec(loop.replace("smollm2-135m", str(folder)).replace("steps=200", "steps=2"), found := {})
     assert [(m["step"], m["kl"]) for m in found["history"]] == [(0, 0.0), (1, 0.0)]
     assert (tmp_path / "runs" / "addition" / "metrics.jsonl").exists()
-    exec(second, {})
+    exec(loop.replace("smollm2-135m", str(folder)).replace("steps=200", "steps=2"), again := {})
+    assert (again["history"], again["trainer"].digest()) == ([], found["trainer"].digest())
+    capsys.readouterr()
+    exec(own, found)
+    assert capsys.readouterr().out.startswith("16 tokens compared, 0 differ")
+    exec(comparing, {})
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
-from jaxdet.outputs import CompletionOutput
+from jaxdet.outputs import CompletionOutput, RequestOutput
 
 EDGES = np.array([0.0, *(10.0**e for e in range(-8, 2)), np.inf])
 """Of the histogram: decades of |Δ|."""
@@ -54,22 +54,28 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(sampled: Sequence[CompletionOutput | ArrayLike], trained: Sequence[ArrayLike]) -> Comparison:
+def compare(
+    sampled: Sequence[RequestOutput | CompletionOutput | ArrayLike], trained: Sequence[ArrayLike]
+) -> Comparison:
     """Compares logprobs token by token, in float64.
 
     Args:
-        sampled: one entry per completion: what `LLM.generate` gave with `logprobs=0`, or its tokens' logprobs.
-        trained: the trainer's logprobs of the same tokens, [output] each, natural, of the same distribution.
+        sampled: what `LLM.generate` gave with `logprobs=0`, its completions, or their tokens' logprobs.
+        trained: one entry per completion: the trainer's logprobs of the same tokens, [output], natural, of the same
+            distribution.
 
     Raises:
-        ValueError: the two have different lengths, or a value is not finite.
+        ValueError: the two have different lengths, a value is not finite, or a completion has no logprobs.
     """
-    if len(sampled) != len(trained) or not len(sampled):
+    completions: list[CompletionOutput | ArrayLike] = []
+    for one in sampled:
+        completions += one.outputs if isinstance(one, RequestOutput) else [one]
+    if len(completions) != len(trained) or not completions:
         raise ValueError(
-            f"sampled has {len(sampled)} completions and trained {len(trained)}; give the same, 1 or more"
+            f"sampled has {len(completions)} completions and trained {len(trained)}; give the same, 1 or more"
         )
     every = []
-    for i, (one, other) in enumerate(zip(sampled, trained, strict=True)):
+    for i, (one, other) in enumerate(zip(completions, trained, strict=True)):
         a = np.asarray(sampled_logprobs(one) if isinstance(one, CompletionOutput) else one, np.float64)
         b = np.asarray(other, np.float64)
         if a.shape != b.shape or a.ndim != 1:

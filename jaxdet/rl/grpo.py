@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from jaxdet.engine.digest import weights_digest
-from jaxdet.llm import LLM, Prompt
+from jaxdet.llm import LLM, Prompt, as_list
 from jaxdet.rl.comparison import compare
 from jaxdet.rl.gradients import GradientSums, accumulate
 from jaxdet.rl.metrics import MetricsLog
@@ -40,7 +41,7 @@ class GRPOConfig:
     """Settings of a run.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range or of the wrong type.
     """
 
     prompts_per_step: int = 8
@@ -71,11 +72,13 @@ class GRPOConfig:
             ("seed", 0),
             ("micro_batch_tokens", 1),
         ):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least {smallest}")
+            _check_whole(name, value := getattr(self, name), smallest)
+            object.__setattr__(self, name, int(value))  # JSON takes no number of NumPy's
         for name in ("clip", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not float(value) > 0:
+                raise ValueError(f"{name}={value!r} must be a number above 0")
+            object.__setattr__(self, name, float(value))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -96,7 +99,8 @@ class GRPO:
         save_every: steps from one checkpoint to the next; the last step has one as well.
 
     Raises:
-        ValueError: the run in `directory` had other settings.
+        ValueError: the run in `directory` had other settings, another model or another kind of optimizer;
+            `save_every` is below 1.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class GRPO:
         save_every: int = 10,
     ):
         self.llm, self.reward, self.config, self._optimizer = llm, reward, config, optimizer
+        _check_whole("save_every", save_every, 1)
         self.finished_steps = 0
         self._save_every = save_every
         self.masters: nnx.State = jax.tree.map(lambda x: jnp.array(x, jnp.float32), llm.params)
@@ -139,8 +144,8 @@ class GRPO:
         """Takes steps until `steps` of them are finished, those before a resumption included.
 
         Args:
-            prompts: all of them are gone through in an order of `config.seed`, then again in another. A dictionary may
-                hold more than {"prompt": …}, such as the answer that `reward` expects.
+            prompts: at least one; all of them are gone through in an order of `config.seed`, then again in another. A
+                dictionary may hold more than {"prompt": …}, such as the answer that `reward` expects.
             steps: of the whole run.
             use_tqdm: show a progress bar.
 
@@ -149,8 +154,10 @@ class GRPO:
 
         Raises:
             FloatingPointError: logits or a gradient are not finite; the last checkpoint is as it was.
-            ValueError: a reward is not a finite number, or a sequence is longer than `micro_batch_tokens`.
+            ValueError: there is no prompt, `LLM.generate` refuses one, a reward is not a finite number, or a sequence
+                is longer than `micro_batch_tokens`.
         """
+        prompts = as_list(prompts)
         log = None if self._directory is None else MetricsLog(self._directory, self.finished_steps)
         history = []
         try:
@@ -192,7 +199,7 @@ class GRPO:
         Raises:
             FloatingPointError, ValueError: see `train`.
         """
-        c, number = self.config, self.finished_steps
+        c, number, prompts = self.config, self.finished_steps, as_list(prompts)
         started = time.perf_counter()
         samples = sample(
             self.llm,
@@ -237,6 +244,11 @@ class GRPO:
             "train_seconds": time.perf_counter() - sampled - refresh_seconds,
             "refresh_seconds": refresh_seconds,
         }
+
+
+def _check_whole(name: str, value: Any, smallest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {smallest}")
 
 
 def prompt_order(count: int, per_step: int, step: int, seed: int) -> list[int]:

@@ -62,9 +62,10 @@ def sample(
     for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
         if any(c.finish_reason == "error" for c in output.outputs):
             raise FloatingPointError("the model's logits are NaN; lower the learning rate and resume")
-        rewards = np.asarray([float(reward(prompt, c)) for c in output.outputs])
-        if not np.isfinite(rewards).all():
-            raise ValueError(f"reward gave {rewards.tolist()}; it must give finite numbers")
+        given = [reward(prompt, c) for c in output.outputs]
+        rewards = np.asarray(given, np.float64)  # None becomes NaN
+        if rewards.shape != (len(given),) or not np.isfinite(rewards).all():
+            raise ValueError(f"reward gave {given}; it must give finite numbers")
         ids = list(output.prompt_token_ids)
         samples += [
             Sample(ids + list(c.token_ids), len(ids), sampled_logprobs(c), float(r), float(a))

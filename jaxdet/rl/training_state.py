@@ -20,7 +20,8 @@ class TrainingState:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers = {"arrays": ocp.StandardCheckpointHandler(), "settings": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
         self._settings = settings
 
     @property
@@ -37,14 +38,14 @@ class TrainingState:
         self._manager.save(step, args=items)
 
     def restore(self, like: Any) -> Any:
-        """The last checkpoint's arrays, on the devices of `like`.
+        """The last checkpoint's arrays, on the devices of `like`; there must be a checkpoint.
 
         Raises:
-            ValueError: it was made with other settings.
+            ValueError: it was made with other settings, or has other arrays than `like`.
         """
         leaves, tree = jax.tree.flatten(like)
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
-        step = self._manager.latest_step()
+        step: Any = self._manager.latest_step()
         found = self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))[
             "settings"
         ]  # type: ignore[call-arg]
@@ -54,6 +55,12 @@ class TrainingState:
                     f"{name}={value!r}, but the run in {self._manager.directory} has {found.get(name)!r}; "
                     "use that, or another directory"
                 )
+        saved = [(x.shape, x.dtype) for x in self._manager.item_metadata(step)["arrays"].tree]
+        if saved != [(x.shape, x.dtype) for x in shapes]:
+            raise ValueError(
+                f"the run in {self._manager.directory} has another model or another kind of optimizer; "
+                "use those, or another directory"
+            )
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes))  # type: ignore[call-arg]
         return jax.tree.unflatten(tree, self._manager.restore(step, args=items)["arrays"])
 
