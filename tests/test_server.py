@@ -13,7 +13,7 @@ from serving import KEY, at_once, serving
 
 from jaxdet.llm import LLM
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.server.app import fingerprint
+from jaxdet.server.app import Settings, fingerprint
 from jaxdet.testing import write_tiny_model
 
 PROMPT = "The sea is"
@@ -219,6 +219,21 @@ def test_keys(server):
         assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
     for path in ("/health", "/ready", "/metrics"):
         assert httpx.get(f"{server.url}{path}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("max_tokens", -1, "max_tokens=-1 must be above 0"),
+        ("max_body_bytes", 0, "max_body_bytes=0 must be above 0"),
+        ("timeout", float("nan"), "timeout=nan must be above 0"),
+        ("max_waiting", -1, "max_waiting=-1 must be at least 0"),
+        ("api_keys", ("a", ""), "an API key is empty"),
+    ],
+)
+def test_settings_that_serve_nobody_or_everybody(name, value, says):
+    with pytest.raises(ValueError, match=says):
+        Settings(**{name: value})
 
 
 def test_no_page_may_use_it(server):

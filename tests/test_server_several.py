@@ -179,6 +179,8 @@ def test_a_port_that_is_taken_is_one_line():
     for count in (1, 2):
         with pytest.raises(OSError, match=rf"^host '127.0.0.1' and port {port} can't .*; choose others$"):
             bind("127.0.0.1", port, count)
+    with pytest.raises(ValueError, match=r"^port=65536 must be in \[0, 65535\]"):
+        bind("127.0.0.1", 65536, 1)
     for listener in (first, *others):
         listener.close()
     for listener in bind("127.0.0.1", port, 2):  # control: it was only taken

@@ -64,6 +64,15 @@ class Settings:
     """Web pages that may use the server (CORS)."""
     log_prompts: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_body_bytes", "timeout", "stall_timeout"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0; leave it out for the default")
+        if self.max_waiting < 0:
+            raise ValueError(f"max_waiting={self.max_waiting} must be at least 0; 0 lets none wait")
+        if not all(key.strip() for key in self.api_keys):  # of a shell variable that isn't set, for one
+            raise ValueError("an API key is empty and would let everybody in; give another, or none at all")
+
 
 class Model(NamedTuple):
     """What the server knows of the model that the engine runs."""

@@ -14,7 +14,10 @@ log = logging.getLogger("jaxdet.server")
 
 JSON_TYPE = re.compile(r"\s*application/([^;]*\+)?json\s*(;|$)", re.IGNORECASE)
 
-UNREADABLE = "the body is no UTF-8, nested too deeply or has a number of thousands of digits; send JSON without any of these"
+UNREADABLE = (
+    "the body is no UTF-8, is nested too deeply or has a number of thousands of digits; "
+    "send JSON without any of these"
+)
 
 
 def respond(error: ApiError) -> JSONResponse:

@@ -22,7 +22,10 @@ def bind(host: str, port: int, count: int) -> list[socket.socket]:
 
     Raises:
         OSError: the address is taken, or isn't this machine's.
+        ValueError: there is no such port.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port={port} must be in [0, {2**16 - 1}]; choose another")
     try:
         found = [_bind(host, port, share=False)]
         found[0].listen()
