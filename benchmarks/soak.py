@@ -354,7 +354,8 @@ def main() -> None:
     engines = Engines(Step(model), Step(small), model, small, limits)
     began = time.perf_counter()
     if not on_cpu:
-        engines.new("model" if "model" in asked.rounds else "ngram").compile_all(progress=True)
+        for guesses in asked.rounds:  # with guesses a step has more rows
+            engines.new(guesses).compile_all(progress=True)
     compiled_in = time.perf_counter() - began
     result = soak(
         engines,

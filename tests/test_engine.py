@@ -152,6 +152,20 @@ def test_poisoned_neighbour(model):
     assert differing([[answer(again)]], alone(model, [10])) == 0
 
 
+def test_no_prompt_logprob_of_a_failed_sequence_counts(model):
+    """Which of them a NaN reached is up to the chunks that the prompt came in."""
+    engine = new_engine(model)
+    prompt = [1 + i % 50 for i in range(3 * engine.scheduler.max_num_batched_tokens)]
+    (victim,) = engine.add(prompt, params(1, prompt_logprobs=2, max_tokens=2))
+    while not victim.prompt_logprobs:
+        engine.step()
+    assert np.isfinite(victim.prompt_logprobs[0][0])
+    fill_cache(engine, np.nan, np.array(victim.pages))
+    finish(engine)
+    assert victim.finish_reason == "error" and len(victim.prompt_logprobs) == len(prompt) - 1
+    assert all(np.isnan(entry[0]) for entry in victim.prompt_logprobs)
+
+
 def test_shapes_of_the_engine(model):
     """Other limits mean other compiled shapes."""
     some = (1, 8)

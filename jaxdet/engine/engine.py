@@ -31,6 +31,8 @@ FEWEST_PREFILL_SEQS = 8
 OVERTAKING = 1000
 """How many later requests one step of priority may overtake: everybody's turn comes."""
 NGRAM = "ngram"
+UNUSABLE: Entry = (float("nan"), 0, [], [])
+"""Of every prompt token of a sequence that ends in an error, if its log-probabilities were asked for."""
 
 
 class Flight(NamedTuple):
@@ -440,8 +442,12 @@ class Engine:
                 self.scheduler.register(sequence)
             changed.append(sequence)
             if sequence.finish_reason is not None:
-                self._counters.failed += sequence.finish_reason == "error"
-                self._counters.finished += sequence.finish_reason != "error"
+                failed = sequence.finish_reason == "error"
+                self._counters.failed += failed
+                self._counters.finished += not failed
+                if failed and sequence.prompt_logprobs:
+                    # A NaN may have reached tokens before it, those of its tile in whatever chunk it came.
+                    sequence.prompt_logprobs = [UNUSABLE] * (len(sequence.prompt) - 1)
                 self.scheduler.finish(sequence)
         self._counters.step_done(flight.started, count, plan.steps)
         return changed
