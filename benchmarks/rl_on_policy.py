@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -309,7 +309,7 @@ def plot(found: dict[str, list[list[dict[str, float]]]], title: str, path: Path)
 
 def main(
     model: Annotated[str | None, typer.Argument(help="A tiny random one by default.")] = None,
-    task: str = "digits",
+    task: Literal["digits", "addition"] = "digits",
     steps: int = 100,
     seeds: int = 3,
     prompts_per_step: int = 8,

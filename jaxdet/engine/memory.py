@@ -7,6 +7,7 @@ import jax
 
 from jaxdet.engine.buckets import Buckets
 from jaxdet.models.config import ModelConfig
+from pallas_kernels.attention.segments_sm90 import SEGMENT
 from pallas_kernels.numerics import PAGE_SIZE
 
 SIGNIFICANT_BITS = 7
@@ -20,13 +21,20 @@ def page_bytes(config: ModelConfig, itemsize: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_dim * itemsize
 
 
-def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int) -> int:
-    """Bytes of activations of the largest step: what is alive at once of a layer's, and the logits twice."""
+def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int, table: int) -> int:
+    """Bytes of activations of the largest step: what is alive at once of a layer's, and the logits twice.
+
+    Args:
+        table: pages of one sequence at its longest. Decode attention on Hopper may hand in its segments one by one:
+            for each and every query head a float32 row of values, its largest score and its sum.
+    """
     c = config
+    segments = -(-table * PAGE_SIZE // SEGMENT)
+    parts = buckets.max_rows * segments * c.num_q_heads * (c.head_dim + 2) * 4 if segments > 1 else 0
     tokens = buckets.max_rows + buckets.max_tokens
     qkv = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
     layer = 3 * c.hidden_size + max(qkv + 2 * c.num_q_heads * c.head_dim, 3 * c.intermediate_size)
-    return tokens * layer * itemsize + 2 * (buckets.max_rows + buckets.max_seqs) * c.vocab_size * 4
+    return parts + tokens * layer * itemsize + 2 * (buckets.max_rows + buckets.max_seqs) * c.vocab_size * 4
 
 
 def plan_pages(
@@ -46,7 +54,7 @@ def plan_pages(
     budget = CPU_CACHE_BYTES
     if "bytes_limit" in memory:
         budget = int(utilization * memory["bytes_limit"]) - memory["bytes_in_use"]
-        budget -= step_bytes(config, buckets, itemsize)
+        budget -= step_bytes(config, buckets, itemsize, table)
     pages = min(wanted, budget // page_bytes(config, itemsize) - 1)
     if pages < table and "bytes_limit" in memory:
         raise ValueError(
