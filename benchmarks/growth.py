@@ -202,7 +202,7 @@ class Bench:
         config, itemsize = engine.step_fn.config, engine.step_fn.dtype.itemsize
         weights = sum(x.nbytes for x in jax.tree.leaves(engine.step_fn.state))
         cache = engine.pool.num_pages * page_bytes(config, itemsize)
-        reserved = step_bytes(config, engine.buckets, itemsize, engine._table)
+        reserved = step_bytes(config, engine.buckets, itemsize, engine._table, engine.step_fn.backend)
         own = [
             m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
             for _, program in programs

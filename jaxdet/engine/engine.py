@@ -102,6 +102,7 @@ class Engine:
                 model.config,
                 self.buckets,
                 np.dtype(model.dtype).itemsize,
+                model.backend,
                 table=self._table,
                 wanted=max_num_seqs * self._table,
                 utilization=gpu_memory_utilization,

@@ -7,7 +7,7 @@ import jax
 
 from jaxdet.engine.buckets import Buckets
 from jaxdet.models.config import ModelConfig
-from pallas_kernels.attention.segments_sm90 import SEGMENT
+from pallas_kernels.attention.decode_sm90 import part_bytes
 from pallas_kernels.numerics import PAGE_SIZE
 
 SIGNIFICANT_BITS = 7
@@ -21,16 +21,16 @@ def page_bytes(config: ModelConfig, itemsize: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_dim * itemsize
 
 
-def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int, table: int) -> int:
+def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int, table: int, backend: str) -> int:
     """Bytes of activations of the largest step: what is alive at once of a layer's, and the logits twice.
 
     Args:
-        table: pages of one sequence at its longest. Decode attention on Hopper may hand in its segments one by one:
-            for each and every query head a float32 row of values, its largest score and its sum.
+        table: pages of one sequence at its longest, of which Hopper's decode attention keeps partial results.
     """
     c = config
-    segments = -(-table * PAGE_SIZE // SEGMENT)
-    parts = buckets.max_rows * segments * c.num_q_heads * (c.head_dim + 2) * 4 if segments > 1 else 0
+    parts = 0
+    if backend == "mosaic_gpu":
+        parts = buckets.rows[-1] * part_bytes(c.num_q_heads, c.num_kv_heads, c.head_dim, table * PAGE_SIZE)
     tokens = buckets.max_rows + buckets.max_tokens
     qkv = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
     layer = 3 * c.hidden_size + max(qkv + 2 * c.num_q_heads * c.head_dim, 3 * c.intermediate_size)
@@ -38,7 +38,14 @@ def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int, table: int)
 
 
 def plan_pages(
-    config: ModelConfig, buckets: Buckets, itemsize: int, *, table: int, wanted: int, utilization: float
+    config: ModelConfig,
+    buckets: Buckets,
+    itemsize: int,
+    backend: str,
+    *,
+    table: int,
+    wanted: int,
+    utilization: float,
 ) -> int:
     """Pages of the cache, the trash page included: `wanted` at most, and what the memory holds.
 
@@ -54,7 +61,7 @@ def plan_pages(
     budget = CPU_CACHE_BYTES
     if "bytes_limit" in memory:
         budget = int(utilization * memory["bytes_limit"]) - memory["bytes_in_use"]
-        budget -= step_bytes(config, buckets, itemsize, table)
+        budget -= step_bytes(config, buckets, itemsize, table, backend)
     pages = min(wanted, budget // page_bytes(config, itemsize) - 1)
     if pages < table and "bytes_limit" in memory:
         raise ValueError(

@@ -67,6 +67,18 @@ def decode(q, k_pages, v_pages, tables, lens, *, scale, window, soft_cap):
     return out.reshape(sequences, heads, dim)
 
 
+def part_bytes(heads: int, kv_heads: int, dim: int, keys: int) -> int:
+    """What `decode` needs for the segments of one sequence of up to so many keys."""
+    segments = -(-keys // SEGMENT)
+    rows, width = _part_shape(heads // kv_heads, dim)
+    return kv_heads * segments * rows * (width + 2) * 4 if segments > 1 else 0
+
+
+def _part_shape(group: int, dim: int) -> tuple[int, int]:
+    """Rows and columns in memory of one segment's result for a KV head's queries."""
+    return -(-group // MERGED_ROWS) * MERGED_ROWS, -(-dim // 128) * 128
+
+
 def _items(lens, shape, window):
     """Items [S · segments, FIELDS] by sequence, their number, and each sequence's (whole, first, end segment)."""
     sequences, kv_heads, _, dim, _, segments = shape
@@ -268,10 +280,8 @@ def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
     tile = softmax.swizzled(dim)
     outputs = [jax.ShapeDtypeStruct((sequences, kv_heads, group, dim), dtype)]
     if split:
-        parts, width = (
-            (sequences, kv_heads, segments, -(-group // MERGED_ROWS) * MERGED_ROWS),
-            -(-dim // 128) * 128,
-        )
+        merged_rows, width = _part_shape(group, dim)
+        parts = sequences, kv_heads, segments, merged_rows
         outputs.append(jax.ShapeDtypeStruct((*parts, width), jnp.float32))
         outputs += [jax.ShapeDtypeStruct(parts, jnp.float32)] * 2
     return plgpu.kernel(
