@@ -17,6 +17,7 @@ from tqdm import tqdm
 from jaxdet.batch import output as output_files
 from jaxdet.batch import run as batch_run
 from jaxdet.batch import source as sources
+from jaxdet.batch.duplicates import _custom_id
 from jaxdet.batch.engine import BatchEngine
 from jaxdet.batch.journal import Journal, run_of
 from jaxdet.batch.request import Requests, Result
@@ -527,3 +528,11 @@ def _complete(rows: list[dict]) -> list[dict]:
     """All rows with the same columns."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name) for name in names} for row in rows]
+
+
+def test_ids_are_found_in_whatever_json_takes():
+    assert _custom_id(b'{"custom_id": "a", "prompt": "\\ud800"}') == "a"
+    assert _custom_id(b'\xef\xbb\xbf{"custom_id": "a"}') == "a"
+    assert [_custom_id(x) for x in (b'{"custom_id": 1}', b'["custom_id"]', b'{"custom_id"', b"{}")] == [
+        None
+    ] * 4

@@ -47,6 +47,12 @@ def test_the_command_is_installed(tmp_path):
     assert done.stderr.startswith("jaxdet: no model './gone'") and done.stderr.count("\n") == 1
 
 
+def test_an_empty_key_of_the_environment_opens_no_server(jaxdet, monkeypatch):
+    monkeypatch.setenv("JAXDET_API_KEY", " ")
+    done = jaxdet("serve", "demo")
+    assert done.returncode == 1 and "JAXDET_API_KEY is empty; unset it" in done.stderr
+
+
 def test_generate(jaxdet, tiny):
     first = jaxdet("generate", "-m", tiny, "Hello", "--max-tokens", 8)
     assert first.returncode == 0, first.stderr

@@ -1,12 +1,9 @@
 """OpenAI's batch format wants every `custom_id` once: it's all that tells whose answer a line is."""
 
-import codecs
 from collections.abc import Iterator
 
-from pydantic_core import from_json
-
 from jaxdet.api.errors import ApiError
-from jaxdet.batch.request import Result, failure
+from jaxdet.batch.request import Result, failure, parse
 from jaxdet.batch.source import Source
 
 
@@ -30,8 +27,7 @@ def _custom_id(data: bytes) -> str | None:
     if b'"custom_id"' not in data:  # the other format needn't be read twice
         return None
     try:
-        fields = from_json(data.removeprefix(codecs.BOM_UTF8))
+        name = parse(data).get("custom_id")
     except ValueError:
         return None
-    name = fields.get("custom_id") if isinstance(fields, dict) else None
     return name if isinstance(name, str) else None

@@ -79,7 +79,7 @@ class Requests:
         """The request of a line; its error if there is none."""
         user_id = None
         try:
-            fields = {name: value for name, value in _parse(line.data).items() if value is not None}
+            fields = {name: value for name, value in parse(line.data).items() if value is not None}
             user_id = _user_id(fields)
             if OPENAI_FIELDS & fields.keys():
                 return self._openai(line, fields)
@@ -98,7 +98,7 @@ class Requests:
 
     def _openai(self, line: Line, fields: dict[str, Any]) -> Query:
         if isinstance(body := fields.get("body"), str):  # as Parquet has it
-            fields = fields | {"body": _parse(body.encode(errors="surrogatepass"))}
+            fields = fields | {"body": parse(body.encode(errors="surrogatepass"))}
         outer = _validate(OpenAILine, fields)
         if outer.url == CHAT:
             task = self._reader.chat(_check(_validate(ChatCompletionRequest, outer.body)))
@@ -168,7 +168,12 @@ def encode(value: dict[str, Any]) -> bytes:
     return _dumps(value).encode(errors="backslashreplace") + b"\n"
 
 
-def _parse(data: bytes) -> dict[str, Any]:
+def parse(data: bytes) -> dict[str, Any]:
+    """A line's fields.
+
+    Raises:
+        ValueError: it is too long, no UTF-8 or no JSON object.
+    """
     if len(data) > MAX_LINE_BYTES:
         raise ValueError(f"the line has more than {MAX_LINE_BYTES >> 20} MiB; shorten it")
     try:

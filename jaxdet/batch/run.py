@@ -109,11 +109,12 @@ def run_batch(
 
 def _answer(lines: Source, journal: Journal, answers: Answers) -> int:
     """Gets what is missing into the journal; returns how many tokens were sampled for it."""
-    for result in duplicates(lines):  # before the work is shared out: workers see only their own lines
-        journal.add(result.number, result.good, result.data)
-    tokens, began = 0, time.perf_counter()
-    bar = tqdm(total=lines.requests, initial=journal.done, desc="Answering", unit="line", disable=None)
+    tokens = 0
     try:
+        for result in duplicates(lines):  # before the work is shared out: workers see only their own lines
+            journal.add(result.number, result.good, result.data)
+        began = time.perf_counter()
+        bar = tqdm(total=lines.requests, initial=journal.done, desc="Answering", unit="line", disable=None)
         with bar, contextlib.closing(answers(lines, journal.has)) as results:
             for fingerprint, result in results:
                 if journal.fingerprint is None:

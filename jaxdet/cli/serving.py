@@ -1,5 +1,6 @@
 """`jaxdet serve`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -48,6 +49,8 @@ def serve(
         from jaxdet.server.run import run_server
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}; pip install 'jaxdet[serve]'") from None
+    if not os.environ.get("JAXDET_API_KEY", "key").strip():  # typer takes an empty one for none
+        raise ValueError("JAXDET_API_KEY is empty; unset it to let everybody in, or set a key")
     settings = Settings(
         served_model_name=served_model_name,
         api_keys=api_key or (),
