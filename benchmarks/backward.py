@@ -33,7 +33,7 @@ from pallas_kernels.matmul.op import gated_matmul
 from pallas_kernels.numerics import GRADIENT_ROWS
 from pallas_kernels.rms_norm.backward_sm90 import rms_norm as norm_gradient
 
-PRODUCTS = {name: SHAPES[name] for name in ("qkv", "o", "gate_up", "down")}
+PRODUCTS = {name: SHAPES["Qwen3-8B"][name] for name in ("qkv", "o", "gate_up", "down")}
 ROWS = (8192, 1024, 2048, 64)
 TILES = [
     Tile(groups, wide, band)
@@ -87,7 +87,7 @@ def products():
 
 def gated():
     """Forward and backward of an MLP's first half, the gradients added to a float32 sum; and what it consists of."""
-    k, n = SHAPES["gate_up"][0], SHAPES["gate_up"][1] // 2
+    k, n = PRODUCTS["gate_up"][0], PRODUCTS["gate_up"][1] // 2
     gate, up = normal(2, k, n, scale=0.02), normal(3, k, n, scale=0.02)
     packed = jax.jit(matmul.pack_gated)(gate, up)
     for rows in ROWS:
@@ -292,7 +292,7 @@ def _norm_bits(compare):
 def _gated_bits(x, compare):
     """The forward that saves beside the one that doesn't, and the activation's gradient of a row anywhere."""
     rows, k = x.shape
-    n = SHAPES["gate_up"][1] // 2
+    n = PRODUCTS["gate_up"][1] // 2
     packed, dy = normal(4, k // 64, 2 * n, 64, scale=0.02), normal(5, rows, n)
     for activation, act in (("silu", jax.nn.silu), ("gelu_tanh", jax.nn.gelu)):
         options = {"n": n, "activation": activation}

@@ -148,17 +148,70 @@ def attend(head_dim: int, heads: int, kv_heads: int, length: int, **option):
     return tally.row(op="attention", **name, error=error(whole[at], np.stack(out)))
 
 
-def product(k: int, n: int, most: int):
+def attend_long(length: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128):
+    """One long prompt: whole, in chunks from anywhere, and its positions as decode batches of 1 to 256."""
+    rng, pages = np.random.default_rng(0), length // 128
+    order = jnp.asarray(rng.permutation(pages + 7)[:pages] + 1, jnp.int32)
+    q = jax.random.normal(jax.random.key(0), (length, heads, head_dim), jnp.bfloat16)
+    shape = pages + 8, kv_heads, 128, head_dim
+    used = jnp.zeros(pages + 8, bool).at[order].set(True)[:, None, None, None]
+    pools = [
+        jnp.where(used, jax.random.normal(jax.random.key(i), shape, jnp.bfloat16), jnp.nan) for i in (1, 2)
+    ]
+
+    @functools.partial(jax.jit, static_argnames="longest")
+    def run(q, lens, starts, longest):
+        tables = jnp.tile(order[None], (lens.shape[0], 1))
+        settings = {"scale": head_dim**-0.5, "window": None, "soft_cap": None}
+        return attention.attention(q, *pools, tables, starts, lens, max_query_len=longest, **settings)
+
+    tally = Tally()
+
+    def compare(q, lens, counts, want, first=0):
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        got = run(q, jnp.asarray(lens, jnp.int32), jnp.asarray(starts, jnp.int32), max(counts))[first:]
+        tally.compared += got.size
+        tally.differ += int(unlike(got, want))
+
+    whole = run(q, jnp.array([length]), jnp.array([0, length]), length)
+    ends = (0, 1, 511, 512, 513, length // 2, length - 2, length - 1)
+    for batch in (1, 2, 8, 33, 64, 131, 200, 256):
+        for _ in range(2):
+            at = rng.permutation(np.concatenate([ends, rng.integers(0, length, max(batch, 8))]))[:batch]
+            compare(q[at], at + 1, [1] * batch, whole[at])
+    for chunk in (1, 7, 64, 100, 512, 4096):
+        for start in (0, 505, *rng.integers(0, length - chunk, 4), length - chunk):
+            rows = slice(start, start + chunk)
+            compare(q[rows], [start + chunk], [chunk], whole[rows])
+    hostile = jnp.resize(HOSTILE, (200, 1, 1)) * jnp.ones_like(q[:200])
+    for start in (0, 700, length - 300):
+        rows = slice(start, start + 300)
+        beside = jnp.concatenate([hostile, q[rows]])
+        compare(beside, [length, start + 300], [200, 300], whole[rows], first=200)
+    return tally.row(op="attention", head_dim=head_dim, heads=[heads, kv_heads], length=length)
+
+
+def product(k: int, n: int, most: int, counts):
+    """`counts` of rows, and hostile values in every other row, against `most` rows at once."""
     x = jax.random.normal(jax.random.key(1), (most, k)).astype(jnp.bfloat16)
     w = (jax.random.normal(jax.random.key(2), (k, n)) * 0.02).astype(jnp.bfloat16)
     run, packed = jax.jit(functools.partial(matmul.matmul, n=n)), matmul.pack(w)
-    tally, full = Tally(), np.asarray(run(x, packed))
-    for rows in (1, 2, 7, 8, 9, 63, 64, 65, 100, 130, 256, 513, 2500):
-        if rows < most:
-            tally(np.asarray(run(x[:rows], packed)), full[:rows])
-    tally(np.asarray(run(x.at[1::2].set(jnp.nan), packed))[::2], full[::2])
+    tally, full = Tally(), run(x, packed)
+
+    def compare(got, want):
+        tally.compared += got.size
+        tally.differ += int(unlike(got, want))
+
+    for rows in counts:
+        compare(run(x[:rows], packed), full[:rows])
+    for rows in (2, 16, 64, 130, 256, 512, 1024, most):
+        for first in (0, 1):
+            hostile = x[:rows].at[first::2].set(jnp.resize(HOSTILE, (len(x[first:rows:2]), 1)))
+            compare(run(hostile, packed)[1 - first :: 2], full[1 - first : rows : 2])
     exact = np.asarray(x[:8], np.float64) @ np.asarray(w, np.float64)
-    return tally.row(op="matmul", K=k, N=n, M=most, error=error(full[:8], exact))
+    return tally.row(
+        op="matmul", K=k, N=n, M=most, error=error(full[:8], exact), dot=error(jnp.dot(x, w)[:8], exact)
+    )
 
 
 def tiles():
@@ -386,7 +439,17 @@ SECTIONS = {
         functools.partial(attend, 256, 4, 1, 700, window=300),
         functools.partial(attend, 256, 8, 4, 700),
     ],
-    "matmul": [functools.partial(product, 576, 960, 3000), functools.partial(product, 4096, 6144, 4100)],
+    "attention, long": [functools.partial(attend_long, 32768)],
+    "matmul": [
+        functools.partial(product, 576, 960, 3000, (1, 2, 7, 8, 9, 63, 64, 65, 100, 130, 256, 513, 2500)),
+        functools.partial(
+            product,
+            4096,
+            6144,
+            8192,
+            (*range(1, 131), 192, 255, 256, 257, 500, 512, 513, 1000, 1024, 2047, 2500, 4096, 8191),
+        ),
+    ],
     "tiles": [tiles],
     "step": [whole_step],
     "rms_norm": [functools.partial(normalise, size) for size in (576, 4096)],

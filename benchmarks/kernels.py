@@ -10,6 +10,7 @@ that matter most come first. Run alone on the machine.
 import concurrent.futures
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -34,12 +35,28 @@ from pallas_kernels.sample import mosaic_gpu_sm90 as sample
 from pallas_kernels.sample import xla as sample_xla
 from pallas_kernels.sample.op import token_logprobs
 
-SHAPES = {  # Qwen3-8B
-    "qkv": (4096, 6144),
-    "o": (4096, 4096),
-    "gate_up": (4096, 24576),
-    "down": (12288, 4096),
-    "head": (4096, 151936),
+SHAPES = {
+    "Qwen3-8B": {
+        "qkv": (4096, 6144),
+        "o": (4096, 4096),
+        "gate_up": (4096, 24576),
+        "down": (12288, 4096),
+        "head": (4096, 151936),
+    },
+    "Llama-3.2-1B": {
+        "qkv": (2048, 3072),
+        "o": (2048, 2048),
+        "gate_up": (2048, 16384),
+        "down": (8192, 2048),
+        "head": (2048, 128256),
+    },
+    "Qwen3-32B": {
+        "qkv": (5120, 10240),
+        "o": (8192, 5120),
+        "gate_up": (5120, 51200),
+        "down": (25600, 5120),
+        "head": (5120, 151936),
+    },
 }
 ROWS = (8192, 1, 64, 256, 8, 1024, 2048, 128, 512, 16, 32, 2, 4, 96, 192)
 MOST_HEAD_ROWS = 1024
@@ -128,44 +145,85 @@ def copy():
     yield {"op": "copy", "GB": 2 * x.nbytes / 1e9, "us": us, "TB/s": 2 * x.nbytes / us / 1e6}
 
 
-def products():
+def weight_copies(k: int, n: int) -> int:
+    """How many weights in turn L2 cannot hold."""
+    return int(2 * L2_BYTES // (k * n * 2)) + 1
+
+
+def _points(model: str):
+    return [(m, name) for m in ROWS for name in SHAPES[model] if name != "head" or m <= MOST_HEAD_ROWS]
+
+
+def products(model: str):
+    """Ours beside `jnp.dot` for weights as [K, N] and as [N, K]; everything is compiled before anything is timed."""
+
+    def programs(m, name):
+        k, n = SHAPES[model][name]
+        x, w, turned = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((m, k), (k, n), (n, k)))
+        packed = jax.ShapeDtypeStruct((-(-k // 64), n, 64), jnp.bfloat16)
+        ours = functools.partial(matmul.matmul, n=n)
+        across = functools.partial(jax.lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
+        pairs = ((ours, packed), (jnp.dot, w), (across, turned))
+        return [jax.jit(call).lower(x, operand).compile() for call, operand in pairs]
+
+    points = _points(model)
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        ready = dict(zip(points, threads.map(lambda point: programs(*point), points), strict=True))
     weights = {}
-    for name, (k, n) in SHAPES.items():
-        copies = 1 if name == "head" else int(2 * L2_BYTES // (k * n * 2)) + 2
-        ws = [normal(i, k, n, scale=0.02) for i in range(copies)]
-        weights[name] = ws, [jax.jit(matmul.pack)(w) for w in ws], [jnp.asarray(w.T) for w in ws]
+    for name, (k, n) in SHAPES[model].items():
+        ws = [normal(i, k, n, scale=0.02) for i in range(weight_copies(k, n))]
+        weights[name] = [jax.jit(matmul.pack)(w) for w in ws], ws, [jnp.asarray(w.T) for w in ws]
+    for m, name in points:
+        k, n = SHAPES[model][name]
+        xs = [normal(9 + i, m, k) for i in range(weight_copies(k, n))]
+        repeats = 7 if m <= 1024 else 3
+        ours, plain, transposed = (
+            gpu_us(program, list(zip(xs, operand, strict=True)), repeats)
+            for program, operand in zip(ready[m, name], weights[name], strict=True)
+        )
+        yield {
+            "op": "matmul",
+            "model": model,
+            "shape": name,
+            "M": m,
+            "us": ours,
+            "dot us": plain,
+            "dot, transposed us": transposed,
+            "ratio": min(plain, transposed) / ours,
+            "TFLOP/s": 2 * m * n * k / ours / 1e6,
+            "TB/s": k * n * 2 / ours / 1e6,
+            "tile": str(tile(m, k, n)),
+        }
 
-    def compiled(name, m):
-        (k, n), packed = SHAPES[name], weights[name][1]
-        x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-        return jax.jit(functools.partial(matmul.matmul, n=n)).lower(x, packed[0]).compile()
 
-    points = [(m, name) for m in ROWS for name in SHAPES if name != "head" or m <= MOST_HEAD_ROWS]
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        ready = {point: threads.submit(compiled, point[1], point[0]) for point in points}
-        try:
-            for m, name in points:
-                (k, n), (ws, packed, turned) = SHAPES[name], weights[name]
-                xs = [normal(9 + i, m, k) for i in range(len(ws))]
-                repeats = 7 if m <= 1024 else 3
-                ours = gpu_us(ready[m, name].result(), list(zip(xs, packed, strict=True)), repeats)
-                plain = gpu_us(jax.jit(jnp.dot), list(zip(xs, ws, strict=True)), repeats)
-                transposed = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
-                other = gpu_us(transposed, list(zip(xs, turned, strict=True)), repeats)
-                yield {
-                    "op": "matmul",
-                    "shape": name,
-                    "M": m,
-                    "us": ours,
-                    "dot us": plain,
-                    "dot, transposed us": other,
-                    "ratio": min(plain, other) / ours,
-                    "TFLOP/s": 2 * m * n * k / ours / 1e6,
-                    "TB/s": k * n * 2 / ours / 1e6,
-                    "tile": str(tile(m, k, n)),
-                }
-        finally:
-            threads.shutdown(cancel_futures=True)
+def recipe(model: str):
+    """The public batch-invariant Triton kernel on the same shapes, as a CUDA graph over weights in turn."""
+    import torch
+    from triton_matmul import matmul as triton_matmul
+
+    for m, name in _points(model):
+        k, n = SHAPES[model][name]
+        x, *ws = (
+            torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.1
+            for shape in [(m, k)] + [(n, k)] * weight_copies(k, n)
+        )
+        out = triton_matmul(x, ws[0])
+        exact = x.float() @ ws[0].float().T
+        error = float((out.float() - exact).norm() / exact.norm())
+        assert error < 3e-3, error
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [triton_matmul(x, w) for w in ws]
+        times = []
+        for _ in range(8):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / len(ws))
+        yield {"op": "triton", "model": model, "shape": name, "M": m, "us": float(np.median(times[1:]))}
+        del x, ws, out, exact, graph, kept
 
 
 def _pages(count: int, head_dim: int = DIM):
@@ -217,26 +275,35 @@ def prefill():
 
 
 def torch_attention():
+    """torch's scaled_dot_product_attention; with 32 KV heads it reads more keys, but every backend takes that."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    for length in (2048, 8192, 32768):
-        q, k, v = (torch.randn(1, HEADS, length, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        row = {"op": "torch sdpa, 32 KV heads", "keys": length}
+    for length, kv_heads in itertools.product((2048, 8192, 32768), (KV_HEADS, HEADS)):
+        q, k, v = (
+            torch.randn(1, heads, length, DIM, device="cuda", dtype=torch.bfloat16)
+            for heads in (HEADS, kv_heads, kv_heads)
+        )
+        attend = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            is_causal=True,
+            enable_gqa=kv_heads < HEADS,
+        )
+        row = {"op": "torch sdpa", "KV heads": kv_heads, "keys": length}
         for name, backend in (
             ("cuDNN us", SDPBackend.CUDNN_ATTENTION),
             ("Flash us", SDPBackend.FLASH_ATTENTION),
         ):
             with sdpa_kernel(backend):
-                call = functools.partial(
-                    torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True
-                )
-                call()
+                try:
+                    attend(q, k, v)
+                except RuntimeError:  # this backend doesn't group heads
+                    continue
                 times = []
                 for _ in range(5):
                     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     begin.record()
-                    call()
+                    attend(q, k, v)
                     end.record()
                     end.synchronize()
                     times.append(begin.elapsed_time(end) * 1e3)
@@ -344,8 +411,9 @@ SECTIONS = {
     "draws": draws,
     "logprobs": logprobs,
     "prefill": prefill,
-    "products": products,
     "torch": torch_attention,
+    **{f"products {model}": functools.partial(products, model) for model in SHAPES},
+    **{f"triton {model}": functools.partial(recipe, model) for model in SHAPES},
 }
 
 
@@ -365,24 +433,41 @@ def speeds(rows):
                 yield label, row["log_softmax us"] / row["us"]
             case "prefill" if "ratio" in row:
                 yield f"prefill, {row['keys']} keys of {row['head_dim']} / cuDNN", row["ratio"]
-            case "matmul":
-                yield f"matmul {row['shape']}, M = {row['M']} / jnp.dot", row["ratio"]
 
 
 def plot(rows, path) -> None:
-    """One bar for every row of `speeds`."""
+    """A bar for every row of `speeds`, and for every model its products' speeds by row count."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     bars = list(speeds(rows))[::-1]
-    figure, axes = plt.subplots(figsize=(8, 0.24 * len(bars) + 1))
-    axes.barh(*zip(*bars, strict=True))
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="speed, baseline = 1", title=rows[0]["device"])
-    axes.margins(y=0.01)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    products = [row for row in rows if row.get("op") == "matmul"]
+    models = [model for model in SHAPES if any(row["model"] == model for row in products)]
+    heights = ([0.24 * len(bars) + 1] if bars else []) + [4] * len(models)
+    figure, axes = plt.subplots(
+        len(heights), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    axes = list(axes[:, 0])
+    if bars:
+        bar = axes.pop(0)
+        bar.barh(*zip(*bars, strict=True))
+        bar.axvline(1, color="black", linewidth=1)
+        bar.set(xscale="log", xlabel="speed, baseline = 1")
+        bar.margins(y=0.01)
+    for model, axis in zip(models, axes, strict=True):
+        for name in SHAPES[model]:
+            points = sorted(
+                (r["M"], r["ratio"]) for r in products if (r["model"], r["shape"]) == (model, name)
+            )
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(xscale="log", xlabel="rows", ylabel="speed, better jnp.dot = 1", title=f"matmul, {model}")
+        axis.legend()
+    figure.suptitle(rows[0]["device"])
+    figure.savefig(path, dpi=120)
 
 
 def run_sections(sections, names, seconds: float, path: pathlib.Path) -> tuple[list[dict], int]:
@@ -418,7 +503,7 @@ def run_sections(sections, names, seconds: float, path: pathlib.Path) -> tuple[l
 
 def main(out: pathlib.Path, seconds: float, names) -> None:
     rows, _ = run_sections(SECTIONS, names, seconds, out / "kernels.json")
-    if list(speeds(rows)):
+    if any("ratio" in row for row in rows) or list(speeds(rows)):
         plot(rows, out / "kernels.png")
 
 

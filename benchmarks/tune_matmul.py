@@ -1,93 +1,198 @@
 """Measures tiles of the Hopper matmul and writes its table; needs a Hopper GPU.
 
-    python benchmarks/tune_matmul.py OUT [rows ...]
+    python benchmarks/tune_matmul.py OUT [--models Qwen3-8B ...] [--rows 256 64 ...] [--seconds 500]
 
-For each matrix of the models below and each bucket of rows the candidates that fit are compiled and timed (CUPTI,
-weights rotated so that L2 cannot hold them), and the fastest goes to OUT/tuning_sm90.json; buckets that were not asked
-for keep their entries. All candidates of a point must give one bit pattern, or it fails.
+For each matrix of the models and each bucket of rows the candidates that fit run for some tenths of a second,
+one after another without a pause, weights rotated so that L2 cannot hold them: an engine keeps the card busy, and a
+busy card lowers its clock to stay within its power, which a few launches don't show. With --dot `jnp.dot` runs beside
+them. The fastest tile goes to OUT/tuning_sm90.json; points that were not reached keep their entries. All candidates of
+a point must give one bit pattern, or it fails. OUT/tuning.jsonl has every figure.
 """
 
+import argparse
 import concurrent.futures
+import dataclasses
+import functools
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import pathlib
-import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from kernels import L2_BYTES, kernel_times, normal
+from jax import export, lax
+from kernels import MOST_HEAD_ROWS, SHAPES, normal, weight_copies
 
+from jaxdet.engine.lowered_cache import KERNELS
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
 from pallas_kernels.matmul.tuning_sm90 import DEFAULT, ROW_BUCKETS, TABLE, Tile, tile
 
-SHAPES = (  # (K, columns as packed, gated, residual)
-    (4096, 6144, False, False),  # Qwen3-8B
-    (4096, 4096, False, True),
-    (4096, 24576, True, False),
-    (12288, 4096, False, True),
-    (4096, 151936, False, False),
-)
-MOST_HEAD_ROWS = 1024
-CANDIDATES = 10
+
+class Point(NamedTuple):
+    """A product to tune: [rows, k] × [k, columns as packed]."""
+
+    rows: int
+    k: int
+    columns: int
+    gated: bool
+    residual: bool
+
+    @property
+    def out_dtype(self):
+        return jnp.float32 if self.columns > 2**16 else jnp.bfloat16
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.rows * self.k * self.columns
 
 
-def candidates(rows: int, k: int, columns: int, gated: bool) -> list[Tile]:
-    """What is in the table, and the tiles that keep the SMs busiest and load the least."""
+CANDIDATES = 7
+PROGRAM_US = 4000
+"""A program is about so long."""
+WARM, MEASURED = 0.08, 0.12
+"""Seconds."""
+PROCESSES = 12
+
+
+def candidates(point: Point) -> list[Tile]:
+    """What is in the table, the tiles that keep the SMs busiest and load the least."""
+    rows, k, columns, gated, _ = point
     ranked = []
     for height, groups in ((64, 1), (128, 1), (128, 2), (192, 3), (256, 2)):
         for width in (32, 48, 64, 96, 128, 144, 160, 192, 256):
-            if (rows % height and rows > 64) or columns % width or (gated and width % 64):
+            if (rows % height and rows > 64) or (gated and width % 64):
                 continue
             if height // groups * width > 128 * 192:  # the accumulator must fit the registers
                 continue
-            tiles = -(-rows // height) * (columns // width)
+            tiles = -(-rows // height) * -(-columns // width)
             waves = math.ceil(tiles / matmul.SMS)
             # What a wave costs: products at the rate of one SM, loads of a tile's operands, a fixed start.
             work = max(height * width / 128, 0.55 * (height + width)) + 6
             ranked.append((waves * work, height, width, groups))
-    bands = (8, 16) if rows >= 2048 else (16,)
     found = {tile(rows, k, columns): None}
-    for _, height, width, groups in sorted(ranked)[: CANDIDATES // len(bands)]:
+    for _, height, width, groups in sorted(ranked)[:CANDIDATES]:
         for depth in (64, 128) if height + width <= 128 else (64,):
-            for band in bands:
+            for band in (8, 16) if rows >= 2048 else (16,):
                 found[Tile(height, width, depth, groups, band)] = None
     return list(found)
 
 
-def point(rows, k, columns, gated, residual, threads):
-    """(tile, median µs) of every candidate, fastest first."""
-    copies = 1 if columns > 2**16 else int(2 * L2_BYTES // (k * columns * 2)) + 2
-    weights = [normal(i, k // 64, columns, 64, scale=0.02) for i in range(copies)]
-    x, added = normal(9, rows, k), normal(8, rows, columns)
-    out_dtype = jnp.float32 if columns > 2**16 else jnp.bfloat16
+def operands(point: Point, struct: bool) -> tuple:
+    make = (lambda seed, *shape, **_: jax.ShapeDtypeStruct(shape, jnp.bfloat16)) if struct else normal
+    rows, k, columns, _, residual = point
+    added = (make(8, rows, columns),) if residual else ()
+    return make(9, rows, k), *added
 
-    def compiled(candidate):
-        def call(x, w, *residual):
-            if gated:
-                return matmul.gated_matmul(x, w, n=columns // 2, activation="silu", tile=candidate)
-            added = residual[0] if residual else None
-            return matmul.matmul(x, w, n=columns, residual=added, out_dtype=out_dtype, tile=candidate)
 
-        return jax.jit(call).lower(*operands[0]).compile()
+def product(point: Point, chosen: Tile, x, *rest):
+    *added, w = rest
+    if point.gated:
+        return matmul.gated_matmul(x, w, n=point.columns // 2, activation="silu", tile=chosen)
+    residual = added[0] if added else None
+    return matmul.matmul(x, w, n=point.columns, residual=residual, out_dtype=point.out_dtype, tile=chosen)
 
-    operands = [(x, w, added) if residual else (x, w) for w in weights]
-    jobs = [
-        (candidate, threads.submit(compiled, candidate)) for candidate in candidates(rows, k, columns, gated)
-    ]
-    for candidate, job in jobs:
-        if job.exception():
-            print(json.dumps({"tile": str(candidate), "failed": f"{job.exception()!r:.200}"}), flush=True)
-    calls = [(candidate, job.result()) for candidate, job in jobs if not job.exception()]
-    wanted = calls[0][1](*operands[0])
-    for candidate, call in calls:
-        if count := int(unlike(call(*operands[0]), wanted)):
-            raise AssertionError(f"{candidate}: {count} values unlike those of {calls[0][0]}")
-    every = [(call, *arguments) for _, call in calls for arguments in operands]
-    rounds = kernel_times(lambda call, *arguments: call(*arguments), every, 7 if rows <= 1024 else 3)
-    times = np.median(np.array(rounds).reshape(-1, len(calls), copies).mean(axis=2), axis=0)
-    return sorted(zip(times.tolist(), (candidate for candidate, _ in calls), strict=True), key=lambda t: t[0])
+
+def lowered(point: Point, chosen: Tile) -> bytes:
+    """One product as StableHLO. Python holds its lock for the second or two that this takes: for a process."""
+    w = jax.ShapeDtypeStruct((point.k // matmul.K_BLOCK, point.columns, matmul.K_BLOCK), jnp.bfloat16)
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
+    function = jax.jit(functools.partial(product, point, chosen))
+    exported = export.export(function, platforms=["cuda"], disabled_checks=checks)
+    return bytes(exported(*operands(point, struct=True), w).serialize())
+
+
+def dot(point: Point, x, *rest):
+    """What XLA makes of the same product, weights as [K, N]; a gate's halves side by side."""
+    *added, w = rest
+    y = jnp.dot(x, w, preferred_element_type=jnp.float32)
+    if point.gated:
+        gate, up = jnp.split(y, 2, axis=1)
+        y = jax.nn.silu(gate) * up
+    return (y + added[0] if added else y).astype(point.out_dtype)
+
+
+def in_a_row(point: Point, call, arguments, weights):
+    """A program that multiplies by each of `weights` in turn, again and again, and returns the last turn's products.
+
+    A loop on the device, in which no address changes: the host has nothing to do meanwhile.
+    """
+
+    def body(_, carry):
+        arguments, weights, products = carry
+        y, products = products[-1], []
+        for w in weights:
+            arguments, y = lax.optimization_barrier((arguments, y))  # one after another, none of them twice
+            products.append(call(*arguments, w))
+            y = products[-1]
+        return arguments, weights, products
+
+    def many(arguments, weights):
+        shape = point.rows, point.columns // (2 if point.gated else 1)
+        products = [jnp.zeros(shape, point.out_dtype) for _ in weights]
+        return lax.fori_loop(0, turns(point)[1], body, (arguments, weights, products))[2]
+
+    return jax.jit(many).lower(arguments, weights).compile()
+
+
+def sustained_us(program, products: int, arguments, weights) -> float:
+    """Microseconds a product once the card has its working clock."""
+
+    def run(seconds: float) -> float:
+        begin, count, waiting = time.perf_counter(), 0, []
+        while time.perf_counter() - begin < seconds:
+            waiting.append(program(arguments, weights))
+            count += 1
+            if len(waiting) > 2:
+                jax.block_until_ready(waiting.pop(0))
+        jax.block_until_ready(waiting)
+        return (time.perf_counter() - begin) / count / products * 1e6
+
+    run(WARM)
+    return run(MEASURED)
+
+
+def compiled(point: Point, lowering):
+    blocked = jax.ShapeDtypeStruct((point.k // matmul.K_BLOCK, point.columns, matmul.K_BLOCK), jnp.bfloat16)
+    call = export.deserialize(bytearray(lowering.result())).call
+    return in_a_row(point, call, operands(point, struct=True), [blocked] * turns(point)[0])
+
+
+def turns(point: Point) -> tuple[int, int]:
+    """How many weights there are, and how often a program goes through them."""
+    copies = weight_copies(point.k, point.columns)
+    estimate = max(point.k * point.columns * 2 / 4.2e6, point.flops / 7e8)
+    return copies, max(1, math.ceil(PROGRAM_US / (copies * estimate)))
+
+
+def measure(point: Point, programs, with_dot: bool) -> tuple[list[tuple[float, Tile]], float | None]:
+    """(µs, tile) of every candidate, fastest first, and the µs of `jnp.dot`."""
+    copies, again = turns(point)
+    arguments = operands(point, struct=False)
+    plain = [normal(i, point.k, point.columns, scale=0.02) for i in range(copies)]
+    pack = jax.jit(lambda w: matmul.pack_gated(*jnp.split(w, 2, axis=1)) if point.gated else matmul.pack(w))
+    weights = [pack(w) for w in plain]
+    times, wanted = [], None
+    for chosen, program in programs.items():
+        if program.exception():
+            print(json.dumps({"tile": str(chosen), "failed": f"{program.exception()!r:.200}"}), flush=True)
+            continue
+        out = program.result()(arguments, weights)
+        wanted = out if wanted is None else wanted
+        if count := sum(int(unlike(*pair)) for pair in zip(out, wanted, strict=True)):
+            raise AssertionError(
+                f"{point}: {count} values of {chosen} unlike those of {next(iter(programs))}"
+            )
+        del out
+        times.append((sustained_us(program.result(), copies * again, arguments, weights), chosen))
+    times.sort(key=lambda t: t[0])
+    if not with_dot:
+        return times, None
+    program = in_a_row(point, functools.partial(dot, point), arguments, plain)
+    return times, sustained_us(program, copies * again, arguments, plain)
 
 
 @jax.jit
@@ -98,11 +203,21 @@ def unlike(a, b):
 
 
 def fields(chosen: Tile) -> list[int]:
-    return [chosen.rows, chosen.columns, chosen.depth, chosen.row_groups, chosen.band]
+    return list(dataclasses.astuple(chosen))
 
 
-def main(out: pathlib.Path, rows) -> None:
+def points(models, rows) -> list[Point]:
+    found = {}
+    for bucket, model in itertools.product(rows, models):
+        for name, (k, n) in SHAPES[model].items():
+            if name != "head" or bucket <= MOST_HEAD_ROWS:
+                found[Point(bucket, k, n, gated=name == "gate_up", residual=name in ("o", "down"))] = None
+    return list(found)
+
+
+def main(out: pathlib.Path, models, rows, seconds: float, with_dot: bool) -> None:
     assert jax.default_backend() == "gpu", "needs a Hopper GPU"
+    begin = time.perf_counter()
     table = {shape: dict(buckets) for shape, buckets in TABLE.items()}
     record = {
         "device": jax.devices()[0].device_kind,
@@ -110,26 +225,50 @@ def main(out: pathlib.Path, rows) -> None:
         "measured": time.strftime("%Y-%m-%d"),
         "tiles": table,
     }
-    with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        for bucket in rows or ROW_BUCKETS:
-            for k, columns, gated, residual in SHAPES:
-                if columns > 2**16 and bucket > MOST_HEAD_ROWS:
-                    continue
-                times = point(bucket, k, columns, gated, residual, threads)
-                before = {t: us for us, t in times}.get(tile(bucket, k, columns), math.nan)
-                us, chosen = times[0]
-                row = {"K": k, "columns": columns, "rows": bucket, "us": round(us, 1), "tile": fields(chosen)}
-                row |= {
-                    "before": round(before, 1),
-                    "next": [(round(u, 1), fields(t)) for u, t in times[1:4]],
-                }
-                print(json.dumps(row | {"TFLOP/s": round(2 * bucket * k * columns / us / 1e6)}), flush=True)
-                entries = table.setdefault(f"{k}x{columns}", {})
-                entries.pop(str(bucket), None)
-                if chosen != DEFAULT[bucket]:
-                    entries[str(bucket)] = fields(chosen)
-                (out / "tuning_sm90.json").write_text(json.dumps(record, indent=1))
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that lower
+    spawn = multiprocessing.get_context("spawn")
+    wanted = points(models, rows)
+    with (
+        concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=spawn) as processes,
+        concurrent.futures.ThreadPoolExecutor(16) as threads,
+    ):
+        lowerings = {(p, c): processes.submit(lowered, p, c) for p in wanted for c in candidates(p)}
+        programs = {key: threads.submit(compiled, key[0], job) for key, job in lowerings.items()}
+        concurrent.futures.wait(programs.values())  # nothing else runs while something is timed
+    print(f"{len(programs)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    for point in wanted:
+        if time.perf_counter() - begin > seconds:
+            print("time is over; the points that are left keep their entries", flush=True)
+            break
+        times, beside = measure(point, {c: programs.pop((point, c)) for c in candidates(point)}, with_dot)
+        us, chosen = times[0]
+        before = {t: us for us, t in times}.get(tile(point.rows, point.k, point.columns), math.nan)
+        row = {
+            "K": point.k,
+            "columns": point.columns,
+            "rows": point.rows,
+            "us": round(us, 2),
+            "TFLOP/s": round(point.flops / us / 1e6),
+            "dot us": beside and round(beside, 2),
+            "table us": round(before, 2),
+            "tiles": [(round(us, 2), fields(t)) for us, t in times],
+        }
+        print(json.dumps(row | {"tiles": row["tiles"][:3]}), flush=True)
+        with (out / "tuning.jsonl").open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        entries = table.setdefault(f"{point.k}x{point.columns}", {})
+        entries.pop(str(point.rows), None)
+        if chosen != DEFAULT[point.rows]:
+            entries[str(point.rows)] = fields(chosen)
+        (out / "tuning_sm90.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), [int(r) for r in sys.argv[2:]])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROW_BUCKETS), choices=ROW_BUCKETS)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--dot", action="store_true", help="time jnp.dot, too")
+    options = parser.parse_args()
+    main(options.out, options.models, options.rows, options.seconds, options.dot)

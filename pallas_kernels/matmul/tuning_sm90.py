@@ -21,10 +21,11 @@ class Tile:
     """Row tiles that go through all columns together, so that what they read stays in L2."""
 
 
-ROW_BUCKETS = (64, 128, 192, 256, 512, 1024, 2048, 8192)
+ROW_BUCKETS = (8, 64, 128, 192, 256, 512, 1024, 2048, 8192)
 """A row count uses the first bucket that holds it; more rows use the last."""
 
 DEFAULT = {
+    8: Tile(64, 64),
     64: Tile(64, 64),
     128: Tile(64, 128),
     192: Tile(64, 128),
