@@ -45,6 +45,22 @@ def test_mixed_batch(model):
     assert differing(run(new_engine(model), REQUESTS[::-1]), alone(model)[::-1]) == 0
 
 
+def test_prompts_and_decoding_take_turns(model, monkeypatch):
+    """Beside more rows than are mixed with prompts: other programs in another order, the same bits."""
+    monkeypatch.setattr("jaxdet.engine.buckets.MIXED_ROWS", (1, 2))
+    engine, kinds = new_engine(model), []
+    plans = engine.scheduler.schedule
+
+    def schedule(*args):
+        plan = plans(*args)
+        kinds.append((len(plan.rows), len(plan.chunks)))
+        return plan
+
+    monkeypatch.setattr(engine.scheduler, "schedule", schedule)
+    assert differing(run(engine, REQUESTS), alone(model)) == 0
+    assert max(rows for rows, chunks in kinds if chunks) == 2 and max(kinds)[0] > 2
+
+
 def churn(model, requests, expected, rng, **config) -> None:
     """Requests join at random steps, some are aborted at random ones, and pages are short."""
     engine = new_engine(model, **config)

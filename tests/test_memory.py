@@ -64,7 +64,7 @@ def test_decodes_partial_results_are_planned(monkeypatch, heads, kv_heads, dim):
     if dim == 128:
         short, long = (step_bytes(CONFIG, BUCKETS, 2, table, "mosaic_gpu") for table in (4, 256))
         assert long - short == wanted
-        assert plan(monkeypatch, 80 * GB, table=256) < plan(monkeypatch, 80 * GB, table=4)
+        assert plan(monkeypatch, 80 * GB, table=1024) < plan(monkeypatch, 80 * GB, table=4)
         assert step_bytes(CONFIG, BUCKETS, 2, 256, "xla") == short
 
 

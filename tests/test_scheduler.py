@@ -27,12 +27,13 @@ def sequence(prompt, max_tokens, *, order=0) -> Sequence:
     )
 
 
-def scheduler(num_pages=8, *, salt="", caching=True, seqs=4, tokens=64, chunked=True) -> Scheduler:
+def scheduler(num_pages=8, *, salt="", caching=True, seqs=4, tokens=64, mixed=4, chunked=True) -> Scheduler:
     return Scheduler(
         PagePool(num_pages, salt, caching),
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_prefill_seqs=2,
+        max_mixed_rows=mixed,
         chunked=chunked,
     )
 
@@ -74,6 +75,7 @@ class Machine:
         assert len(s.running) <= s.max_num_seqs and len(plan.rows) <= s.max_num_seqs
         assert sum(part.count for part in plan.chunks) <= s.max_num_batched_tokens
         assert len(plan.chunks) <= s.max_prefill_seqs
+        assert not plan.chunks or len(plan.rows) <= s.max_mixed_rows
         copied = [(target, self.held[source]) for source, target in plan.copies]
         self.held |= dict(copied)
         for part in plan:
@@ -134,6 +136,7 @@ def test_random_histories(data):
             num_pages,
             caching=data.draw(st.booleans(), label="caching"),
             seqs=data.draw(st.integers(1, 5), label="seqs"),
+            mixed=data.draw(st.integers(1, 4), label="mixed"),
             tokens=data.draw(st.sampled_from([1, 32, 200]), label="tokens") if chunked else MAX_LEN,
             chunked=chunked,
         ),
@@ -262,6 +265,26 @@ def test_decoding_goes_on_beside_a_prompt():
     for _ in range(3):
         machine.step()
     assert first.num_output == 4 and second.computed == 192
+
+
+def test_prompts_and_many_rows_take_turns():
+    """Beside three sequences that decode a long prompt gets every other step, and so do they."""
+    s = scheduler(num_pages=16, seqs=4, tokens=64, mixed=2)
+    decoding = [sequence([i], 30, order=i) for i in range(3)]
+    for each in decoding:
+        s.add(each)
+    machine = Machine(s, 16)
+    while any(each.num_output < 1 for each in decoding):
+        machine.step()
+    late = sequence([3] * 300, 5, order=9)
+    s.add(late)
+    begun, turns = [each.num_output for each in decoding], []
+    while late.computed < 300:
+        before = late.computed
+        machine.step()
+        turns.append(late.computed > before)
+    assert turns == [True, False] * 4 + [True]
+    assert [each.num_output - n for each, n in zip(decoding, begun, strict=True)] == [4] * 3
 
 
 def test_priority_overtakes_only_so_much():

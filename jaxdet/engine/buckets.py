@@ -5,8 +5,14 @@ import dataclasses
 SMALLEST_CHUNK = 32
 FINEST_CHUNK = 512
 """Up to here sizes double; above they quadruple."""
+FINEST_ROWS = 512
+"""From here on decoding rows have a size halfway to the next power of two as well: many rows pay for each of them."""
 MIXED_ROWS = 8, 128
-"""Decoding rows beside prompts, below the most: few, for each is compiled for every size of prompts."""
+"""Decoding rows beside prompts: few sizes, for each is compiled for every size of prompts, and at most the last one.
+
+So many rows cost less beside prompts, where weights are read anyway, than in a step of their own. More rows fill
+whole tiles by themselves, and the rest of a larger size would be computed with every prompt.
+"""
 ROW_TILE = 64
 
 
@@ -40,7 +46,9 @@ class Buckets:
 
     @property
     def rows(self) -> list[int]:
-        return _sizes(1, self._most_rows, self._most_rows)
+        sizes = _sizes(1, self._most_rows, self._most_rows)
+        between = [3 * size // 2 for size in sizes if size >= FINEST_ROWS and 3 * size // 2 < self._most_rows]
+        return sorted(sizes + between)
 
     @property
     def _most_rows(self) -> int:
@@ -52,8 +60,13 @@ class Buckets:
         return _sizes(SMALLEST_CHUNK, self.max_tokens, FINEST_CHUNK)
 
     @property
+    def most_mixed_rows(self) -> int:
+        """Decoding rows beside prompts; where there are more, they and the prompts take turns."""
+        return min(self._most_rows, MIXED_ROWS[-1])
+
+    @property
     def mixed_rows(self) -> list[int]:
-        return [*(rows for rows in MIXED_ROWS if 2 * rows < self._most_rows), self._most_rows]
+        return [*(rows for rows in MIXED_ROWS if 2 * rows < self.most_mixed_rows), self.most_mixed_rows]
 
     @property
     def mixed_tokens(self) -> list[int]:

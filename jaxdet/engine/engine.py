@@ -118,6 +118,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_prefill_seqs=prompts,
+            max_mixed_rows=self.buckets.most_mixed_rows,
             chunked=enable_chunked_prefill,
         )
         self._slots = max_num_seqs

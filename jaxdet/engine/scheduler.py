@@ -54,14 +54,17 @@ NO_DRAFTS: list[int] = []
 class Scheduler:
     """Continuous batching: who decodes goes on decoding, and up to a budget of prompt tokens runs beside it.
 
-    Turns go by `Sequence.order`, and every sequence that was added gets its turn; when pages run out the last in order
-    waits. Nothing here can change a bit: what a sequence computes does not depend on when, with whom or in what pieces.
+    Beside more than a few rows prompts would gain nothing (`buckets.MIXED_ROWS`): they and the rows take turns, a step
+    each. Sequences are served by `Sequence.order`, and every one that was added gets its turn; when pages run out the
+    last in order waits. Nothing here can change a bit: what a sequence computes does not depend on when, with whom or
+    in what pieces.
 
     Args:
         pool: the KV pages.
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: prompt tokens of one step.
         max_prefill_seqs: sequences with prompt tokens in one step.
+        max_mixed_rows: decoding rows beside prompts, drafts included.
         chunked: whether a prompt may be split over several steps.
     """
 
@@ -72,11 +75,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_seqs: int,
+        max_mixed_rows: int,
         chunked: bool,
     ):
         self.pool, self.chunked = pool, chunked
         self.max_num_seqs, self.max_prefill_seqs = max_num_seqs, max_prefill_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens, self.max_mixed_rows = max_num_batched_tokens, max_mixed_rows
+        self._prompts_had_turn = False
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         """Both in order."""
@@ -126,7 +131,13 @@ class Scheduler:
                 else:
                     budget = 0
         self.pool.release(copied)
-        if steps > 1 and plan.rows and not plan.chunks:
+        if plan.chunks and sum(part.count for part in plan.rows) > self.max_mixed_rows:
+            self._prompts_had_turn = not self._prompts_had_turn
+            if self._prompts_had_turn:
+                plan.rows = []
+            else:
+                plan.chunks = []
+        elif steps > 1 and plan.rows and not plan.chunks:
             self._repeat(plan, steps)
         for part in plan:
             sequence = part.sequence
