@@ -155,7 +155,8 @@ def sustained_us(program, products: int, arguments, weights) -> float:
     return run(MEASURED)
 
 
-def compiled(point: Point, lowering):
+def compiled(point: Point, lowering: concurrent.futures.Future):
+    """The program of a candidate, once a process has lowered its product."""
     blocked = jax.ShapeDtypeStruct((point.k // matmul.K_BLOCK, point.columns, matmul.K_BLOCK), jnp.bfloat16)
     call = export.deserialize(bytearray(lowering.result())).call
     return in_a_row(point, call, operands(point, struct=True), [blocked] * turns(point)[0])
@@ -206,7 +207,18 @@ def fields(chosen: Tile) -> list[int]:
     return list(dataclasses.astuple(chosen))
 
 
+def as_json(record: dict) -> str:
+    """A line for every entry of the table."""
+    tables = []
+    for shape, buckets in record["tiles"].items():
+        entries = [f"   {json.dumps(rows)}: {json.dumps(tile)}" for rows, tile in buckets.items()]
+        tables.append(f"  {json.dumps(shape)}: {{\n" + ",\n".join(entries) + "\n  }")
+    head = [f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in record.items() if key != "tiles"]
+    return "{\n" + "".join(head) + ' "tiles": {\n' + ",\n".join(tables) + "\n }\n}\n"
+
+
 def points(models, rows) -> list[Point]:
+    """Of shapes that two models have, one."""
     found = {}
     for bucket, model in itertools.product(rows, models):
         for name, (k, n) in SHAPES[model].items():
@@ -256,11 +268,12 @@ def main(out: pathlib.Path, models, rows, seconds: float, with_dot: bool) -> Non
         print(json.dumps(row | {"tiles": row["tiles"][:3]}), flush=True)
         with (out / "tuning.jsonl").open("a") as lines:
             lines.write(json.dumps(row) + "\n")
-        entries = table.setdefault(f"{point.k}x{point.columns}", {})
-        entries.pop(str(point.rows), None)
-        if chosen != DEFAULT[point.rows]:
-            entries[str(point.rows)] = fields(chosen)
-        (out / "tuning_sm90.json").write_text(json.dumps(record, indent=1))
+        shape = f"{point.k}x{point.columns}"
+        entries = table.get(shape, {}) | {str(point.rows): fields(chosen)}
+        if chosen == DEFAULT[point.rows]:
+            del entries[str(point.rows)]
+        table[shape] = dict(sorted(entries.items(), key=lambda entry: int(entry[0])))
+        (out / "tuning_sm90.json").write_text(as_json(record))
 
 
 if __name__ == "__main__":
