@@ -11,6 +11,7 @@ from engine_runs import compiled, model_of, with_flipped_weight
 from jaxdet import LLM, SamplingParams
 from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import open_checkpoint
+from jaxdet.engine.scheduler import Scheduler
 from jaxdet.engine.step import Step
 from jaxdet.testing import VOCAB_SIZE
 
@@ -31,13 +32,26 @@ def engines() -> soak.Engines:
     return soak.Engines(compiled(model), compiled(small), model, small, LIMITS)
 
 
-def test_210_requests(monkeypatch):
-    """Preempted, cancelled, guessed, beside NaN, in turns with prompts, most prompts from the cache: no bit differs."""
-    monkeypatch.setattr("jaxdet.engine.buckets.MIXED_ROWS", (1, 3))
+def test_210_requests():
+    """Preempted, cancelled, guessed, beside NaN, more than half of the prompts from the cache: no bit differs."""
     result = soak.soak(engines(), 210, seed=1, poison=POISON, alone=210, free_pages=9)
     assert soak.shortcomings(result) == [], result
     assert result["alone"] == 210 and result["compared"] > 50_000
     assert result["rounds"]["model"]["accepted"] > result["rounds"]["model"]["drafted"] / 4
+
+
+def test_in_turns(monkeypatch):
+    """The same where prompts and rows, guesses included, hardly ever share a step."""
+    monkeypatch.setattr("jaxdet.engine.buckets.MIXED_ROWS", (1, 3))
+    apart, take_turns = [], Scheduler._take_turns
+
+    def noted(*args):
+        apart.append(take_turns(*args))
+        return apart[-1]
+
+    monkeypatch.setattr(Scheduler, "_take_turns", noted)
+    result = soak.soak(engines(), 45, seed=2, poison=POISON, alone=0, free_pages=9)
+    assert result["differing"] == 0 < result["compared"] and sum(apart) > 20
 
 
 def test_control_one_weight_bit():

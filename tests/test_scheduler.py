@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxdet.engine.kv_cache import PagePool
-from jaxdet.engine.scheduler import Part, Plan, Scheduler
+from jaxdet.engine.scheduler import PATIENCE, Part, Plan, Scheduler
 from jaxdet.engine.sequence import Sequence
 from jaxdet.sampling_params import SamplingParams
 from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
@@ -75,7 +75,7 @@ class Machine:
         assert len(s.running) <= s.max_num_seqs and len(plan.rows) <= s.max_num_seqs
         assert sum(part.count for part in plan.chunks) <= s.max_num_batched_tokens
         assert len(plan.chunks) <= s.max_prefill_seqs
-        assert not plan.chunks or len(plan.rows) <= s.max_mixed_rows
+        assert not plan.chunks or sum(part.count for part in plan.rows) <= s.max_mixed_rows
         copied = [(target, self.held[source]) for source, target in plan.copies]
         self.held |= dict(copied)
         for part in plan:
@@ -268,23 +268,39 @@ def test_decoding_goes_on_beside_a_prompt():
 
 
 def test_prompts_and_many_rows_take_turns():
-    """Beside three sequences that decode a long prompt gets every other step, and so do they."""
+    """Beside three sequences that decode a long prompt gets every other step; its rest, less than a step, waits."""
     s = scheduler(num_pages=16, seqs=4, tokens=64, mixed=2)
     decoding = [sequence([i], 30, order=i) for i in range(3)]
     for each in decoding:
         s.add(each)
     machine = Machine(s, 16)
-    while any(each.num_output < 1 for each in decoding):
+    for _ in range(PATIENCE):
         machine.step()
-    late = sequence([3] * 300, 5, order=9)
+    late, begun, turns = sequence([3] * 300, 5, order=9), [each.num_output for each in decoding], []
     s.add(late)
-    begun, turns = [each.num_output for each in decoding], []
     while late.computed < 300:
         before = late.computed
         machine.step()
         turns.append(late.computed > before)
-    assert turns == [True, False] * 4 + [True]
-    assert [each.num_output - n for each, n in zip(decoding, begun, strict=True)] == [4] * 3
+    assert turns == [True, False] * 3 + [True] + [False] * PATIENCE + [True]
+    assert [each.num_output - n for each, n in zip(decoding, begun, strict=True)] == [3 + PATIENCE] * 3
+
+
+def test_guesses_count_as_rows():
+    """Two sequences with three guesses each are eight rows: too many beside a prompt that one each may share."""
+    s = scheduler(num_pages=16, seqs=4, tokens=64, mixed=4)
+    machine = Machine(s, 16)
+    decoding = [sequence([i], 30, order=i) for i in range(2)]
+    for each in decoding:
+        s.add(each)
+    machine.step()
+    s.add(sequence([3] * 300, 5, order=9))
+    plan = s.schedule({each: [1, 2, 3] for each in decoding})
+    assert not plan.rows and [part.count for part in plan.chunks] == [64]
+    plan = s.schedule({each: [1, 2, 3] for each in decoding})
+    assert [part.count for part in plan.rows] == [4, 4] and not plan.chunks
+    plan = s.schedule({})
+    assert not plan.chunks or sum(part.count for part in plan.rows) <= 4
 
 
 def test_priority_overtakes_only_so_much():

@@ -8,10 +8,10 @@ FINEST_CHUNK = 512
 FINEST_ROWS = 512
 """From here on decoding rows have a size halfway to the next power of two as well: many rows pay for each of them."""
 MIXED_ROWS = 8, 128
-"""Decoding rows beside prompts: few sizes, for each is compiled for every size of prompts, and at most the last one.
+"""Decoding rows beside prompts, guesses included: few sizes, for each is compiled for every size of prompts.
 
-So many rows cost less beside prompts, where weights are read anyway, than in a step of their own. More rows fill
-whole tiles by themselves, and the rest of a larger size would be computed with every prompt.
+Up to the last of them rows cost less beside prompts, where weights are read anyway, than in a step of their own. More
+fill whole tiles by themselves, and what is left of a larger size would be computed with every prompt.
 """
 ROW_TILE = 64
 

@@ -9,6 +9,8 @@ from jaxdet.engine.kv_cache import PagePool
 from jaxdet.engine.sequence import Sequence
 from pallas_kernels.numerics import PAGE_SIZE
 
+PATIENCE = 4
+"""Decoding steps after which prompts get one of their own even if they don't fill it."""
 MOST_WASTE = Fraction(1, 8)
 """Of the rows of several steps in a row, the share that may belong to sequences that are at their end by then."""
 
@@ -52,12 +54,13 @@ NO_DRAFTS: list[int] = []
 
 
 class Scheduler:
-    """Continuous batching: who decodes goes on decoding, and up to a budget of prompt tokens runs beside it.
+    """Continuous batching: a step holds a token of each sequence that decodes and up to a budget of prompt tokens.
 
-    Beside more than a few rows prompts would gain nothing (`buckets.MIXED_ROWS`): they and the rows take turns, a step
-    each. Sequences are served by `Sequence.order`, and every one that was added gets its turn; when pages run out the
-    last in order waits. Nothing here can change a bit: what a sequence computes does not depend on when, with whom or
-    in what pieces.
+    Where more rows decode than are mixed with prompts (`buckets.MIXED_ROWS`), the two take turns, a step each: prompts
+    that fill a step get every other one, fewer of them wait for up to PATIENCE steps to share the reading of the
+    weights. Sequences are served by `Sequence.order`, and every one that was added gets its turn; when pages run out
+    the last in order waits. Nothing here can change a bit: what a sequence computes does not depend on when, with whom
+    or in what pieces.
 
     Args:
         pool: the KV pages.
@@ -81,7 +84,8 @@ class Scheduler:
         self.pool, self.chunked = pool, chunked
         self.max_num_seqs, self.max_prefill_seqs = max_num_seqs, max_prefill_seqs
         self.max_num_batched_tokens, self.max_mixed_rows = max_num_batched_tokens, max_mixed_rows
-        self._prompts_had_turn = False
+        self._decoded = PATIENCE
+        """Steps since the last one with prompts."""
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         """Both in order."""
@@ -131,13 +135,8 @@ class Scheduler:
                 else:
                     budget = 0
         self.pool.release(copied)
-        if plan.chunks and sum(part.count for part in plan.rows) > self.max_mixed_rows:
-            self._prompts_had_turn = not self._prompts_had_turn
-            if self._prompts_had_turn:
-                plan.rows = []
-            else:
-                plan.chunks = []
-        elif steps > 1 and plan.rows and not plan.chunks:
+        full = not budget or len(plan.chunks) == self.max_prefill_seqs
+        if not self._take_turns(plan, full) and steps > 1 and plan.rows and not plan.chunks:
             self._repeat(plan, steps)
         for part in plan:
             sequence = part.sequence
@@ -147,6 +146,20 @@ class Scheduler:
             if sequence.computed >= sequence.register_at:
                 self.register(sequence)
         return plan
+
+    def _take_turns(self, plan: Plan, full: bool) -> bool:
+        """Leaves prompts or rows for a later step where there are too many rows for both; whether that is so.
+
+        Args:
+            full: whether the prompts fill a step.
+        """
+        apart = bool(plan.chunks) and sum(part.count for part in plan.rows) > self.max_mixed_rows
+        if apart and self._decoded >= (1 if full else PATIENCE):
+            plan.rows = []
+        elif apart:
+            plan.chunks = []
+        self._decoded = 0 if plan.chunks else self._decoded + 1
+        return apart
 
     def _repeat(self, plan: Plan, steps: int) -> None:
         """Makes one step several, if nobody needs the host, few come to their end on the way and pages are there."""
