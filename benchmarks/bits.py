@@ -50,6 +50,11 @@ class Tally:
         self.compared += got.size
         self.differ += int((got.view(unsigned) != want.view(unsigned)).sum())
 
+    def on_device(self, got, want):
+        """The same for arrays that stay where they are."""
+        self.compared += got.size
+        self.differ += int(unlike(got, want))
+
     def row(self, **what):
         return what | {"compared": self.compared, "differ": self.differ}
 
@@ -170,8 +175,7 @@ def attend_long(length: int, heads: int = 32, kv_heads: int = 8, head_dim: int =
     def compare(q, lens, counts, want, first=0):
         starts = np.concatenate([[0], np.cumsum(counts)])
         got = run(q, jnp.asarray(lens, jnp.int32), jnp.asarray(starts, jnp.int32), max(counts))[first:]
-        tally.compared += got.size
-        tally.differ += int(unlike(got, want))
+        tally.on_device(got, want)
 
     whole = run(q, jnp.array([length]), jnp.array([0, length]), length)
     ends = (0, 1, 511, 512, 513, length // 2, length - 2, length - 1)
@@ -197,17 +201,12 @@ def product(k: int, n: int, most: int, counts):
     w = (jax.random.normal(jax.random.key(2), (k, n)) * 0.02).astype(jnp.bfloat16)
     run, packed = jax.jit(functools.partial(matmul.matmul, n=n)), matmul.pack(w)
     tally, full = Tally(), run(x, packed)
-
-    def compare(got, want):
-        tally.compared += got.size
-        tally.differ += int(unlike(got, want))
-
     for rows in counts:
-        compare(run(x[:rows], packed), full[:rows])
+        tally.on_device(run(x[:rows], packed), full[:rows])
     for rows in (2, 16, 64, 130, 256, 512, 1024, most):
         for first in (0, 1):
             hostile = x[:rows].at[first::2].set(jnp.resize(HOSTILE, (len(x[first:rows:2]), 1)))
-            compare(run(hostile, packed)[1 - first :: 2], full[1 - first : rows : 2])
+            tally.on_device(run(hostile, packed)[1 - first :: 2], full[1 - first : rows : 2])
     exact = np.asarray(x[:8], np.float64) @ np.asarray(w, np.float64)
     return tally.row(
         op="matmul", K=k, N=n, M=most, error=error(full[:8], exact), dot=error(jnp.dot(x, w)[:8], exact)
@@ -224,9 +223,7 @@ def tiles():
         for rows in ROW_BUCKETS:
             x = jax.random.normal(jax.random.key(rows), (rows - 5, k), jnp.bfloat16)
             tuned = jax.jit(functools.partial(matmul.matmul, n=columns, tile=tile(rows, k, columns)))
-            got = tuned(x, packed)
-            tally.compared += got.size
-            tally.differ += int(unlike(got, plain(x, packed)))
+            tally.on_device(tuned(x, packed), plain(x, packed))
     return tally.row(op="matmul, every tile of the table")
 
 

@@ -150,8 +150,9 @@ def weight_copies(k: int, n: int) -> int:
     return int(2 * L2_BYTES // (k * n * 2)) + 1
 
 
-def _points(model: str):
-    return [(m, name) for m in ROWS for name in SHAPES[model] if name != "head" or m <= MOST_HEAD_ROWS]
+def points_of(model: str, rows=ROWS) -> list[tuple[int, str]]:
+    """(rows, name) of a model's products, without the head's largest."""
+    return [(m, name) for m in rows for name in SHAPES[model] if name != "head" or m <= MOST_HEAD_ROWS]
 
 
 def products(model: str):
@@ -166,7 +167,7 @@ def products(model: str):
         pairs = ((ours, packed), (jnp.dot, w), (across, turned))
         return [jax.jit(call).lower(x, operand).compile() for call, operand in pairs]
 
-    points = _points(model)
+    points = points_of(model)
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
         ready = dict(zip(points, threads.map(lambda point: programs(*point), points), strict=True))
     weights = {}
@@ -196,12 +197,27 @@ def products(model: str):
         }
 
 
+def _torch_us(run, repeats: int) -> float:
+    """Median of what torch's work takes by CUDA events, launch included."""
+    import torch
+
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return float(np.median(times))
+
+
 def recipe(model: str):
     """The public batch-invariant Triton kernel on the same shapes, as a CUDA graph over weights in turn."""
     import torch
     from triton_matmul import matmul as triton_matmul
 
-    for m, name in _points(model):
+    for m, name in points_of(model):
         k, n = SHAPES[model][name]
         x, *ws = (
             torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.1
@@ -214,15 +230,9 @@ def recipe(model: str):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             kept = [triton_matmul(x, w) for w in ws]
-        times = []
-        for _ in range(8):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / len(ws))
-        yield {"op": "triton", "model": model, "shape": name, "M": m, "us": float(np.median(times[1:]))}
+        graph.replay()
+        us = _torch_us(graph.replay, 7) / len(ws)
+        yield {"op": "triton", "model": model, "shape": name, "M": m, "us": us}
         del x, ws, out, exact, graph, kept
 
 
@@ -299,15 +309,7 @@ def torch_attention():
                     attend(q, k, v)
                 except RuntimeError:  # this backend doesn't group heads
                     continue
-                times = []
-                for _ in range(5):
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    begin.record()
-                    attend(q, k, v)
-                    end.record()
-                    end.synchronize()
-                    times.append(begin.elapsed_time(end) * 1e3)
-                row[name] = float(np.median(times))
+                row[name] = _torch_us(functools.partial(attend, q, k, v), 5)
         yield row
 
 

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import export, lax
-from kernels import MOST_HEAD_ROWS, SHAPES, normal, weight_copies
+from kernels import SHAPES, normal, points_of, weight_copies
 
-from jaxdet.engine.lowered_cache import KERNELS
+from jaxdet.engine.lowered_cache import exported_of
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
 from pallas_kernels.matmul.tuning_sm90 import DEFAULT, ROW_BUCKETS, TABLE, Tile, tile
 
@@ -44,6 +44,11 @@ class Point(NamedTuple):
     @property
     def out_dtype(self):
         return jnp.float32 if self.columns > 2**16 else jnp.bfloat16
+
+    @property
+    def packed(self):
+        shape = self.k // matmul.K_BLOCK, self.columns, matmul.K_BLOCK
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     @property
     def flops(self) -> float:
@@ -98,11 +103,8 @@ def product(point: Point, chosen: Tile, x, *rest):
 
 def lowered(point: Point, chosen: Tile) -> bytes:
     """One product as StableHLO. Python holds its lock for the second or two that this takes: for a process."""
-    w = jax.ShapeDtypeStruct((point.k // matmul.K_BLOCK, point.columns, matmul.K_BLOCK), jnp.bfloat16)
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-    function = jax.jit(functools.partial(product, point, chosen))
-    exported = export.export(function, platforms=["cuda"], disabled_checks=checks)
-    return bytes(exported(*operands(point, struct=True), w).serialize())
+    jitted = jax.jit(functools.partial(product, point, chosen))
+    return bytes(exported_of(jitted, (*operands(point, struct=True), point.packed), "cuda").serialize())
 
 
 def dot(point: Point, x, *rest):
@@ -157,9 +159,8 @@ def sustained_us(program, products: int, arguments, weights) -> float:
 
 def compiled(point: Point, lowering: concurrent.futures.Future):
     """The program of a candidate, once a process has lowered its product."""
-    blocked = jax.ShapeDtypeStruct((point.k // matmul.K_BLOCK, point.columns, matmul.K_BLOCK), jnp.bfloat16)
     call = export.deserialize(bytearray(lowering.result())).call
-    return in_a_row(point, call, operands(point, struct=True), [blocked] * turns(point)[0])
+    return in_a_row(point, call, operands(point, struct=True), [point.packed] * turns(point)[0])
 
 
 def turns(point: Point) -> tuple[int, int]:
@@ -221,9 +222,9 @@ def points(models, rows) -> list[Point]:
     """Of shapes that two models have, one."""
     found = {}
     for bucket, model in itertools.product(rows, models):
-        for name, (k, n) in SHAPES[model].items():
-            if name != "head" or bucket <= MOST_HEAD_ROWS:
-                found[Point(bucket, k, n, gated=name == "gate_up", residual=name in ("o", "down"))] = None
+        for _, name in points_of(model, [bucket]):
+            k, n = SHAPES[model][name]
+            found[Point(bucket, k, n, gated=name == "gate_up", residual=name in ("o", "down"))] = None
     return list(found)
 
 

@@ -57,19 +57,24 @@ def lower(program: Program, kept_in: Path) -> jax.stages.Lowered:
 
 
 def keep(program: Program, kept_in: Path, platform: str | None = None) -> export.Exported:
-    """Lowers a program and writes it to the folder, which is made if it doesn't exist.
+    """Lowers a program as `exported_of` does and writes it to the folder, which is made if it doesn't exist."""
+    jitted = program.jit(functools.partial(program.function, **program.static))
+    exported = exported_of(jitted, program.args, platform)
+    with contextlib.suppress(OSError):  # a full disk or a read-only folder
+        kept_in.mkdir(parents=True, exist_ok=True)
+        write_whole(path(program, kept_in), bytes(exported.serialize()))
+    return exported
+
+
+def exported_of(jitted: jax.stages.Wrapped, args: tuple, platform: str | None = None) -> export.Exported:
+    """A jitted function lowered for arguments, or their shapes and dtypes; it may hold our kernels.
 
     Args:
         platform: "cuda" in a process that has no GPU; this process's own by default.
     """
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-    traced = program.jit(functools.partial(program.function, **program.static))
     platforms = None if platform is None else [platform]
-    exported = export.export(traced, disabled_checks=checks, platforms=platforms)(*program.args)
-    with contextlib.suppress(OSError):  # a full disk or a read-only folder
-        kept_in.mkdir(parents=True, exist_ok=True)
-        write_whole(path(program, kept_in), bytes(exported.serialize()))
-    return exported
+    return export.export(jitted, disabled_checks=checks, platforms=platforms)(*args)
 
 
 def path(program: Program, kept_in: Path) -> Path:

@@ -31,8 +31,8 @@ def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int, table: int,
     parts = 0
     if backend == "mosaic_gpu":
         parts = buckets.rows[-1] * part_bytes(c.num_q_heads, c.num_kv_heads, c.head_dim, table * PAGE_SIZE)
-    tokens = max(bucket.rows + bucket.tokens for bucket in buckets.all())
-    logits = max(bucket.sampled for bucket in buckets.all())
+    steps = buckets.all()
+    tokens, logits = max(b.rows + b.tokens for b in steps), max(b.sampled for b in steps)
     qkv = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
     layer = 3 * c.hidden_size + max(qkv + 2 * c.num_q_heads * c.head_dim, 3 * c.intermediate_size)
     return parts + tokens * layer * itemsize + 2 * logits * c.vocab_size * 4
