@@ -190,7 +190,7 @@ class Bench:
         """The largest step, and what it and all before took."""
         engine, tokens = self.engine, self.sizes.max_num_batched_tokens
         count, largest = tokens // PAGE_SIZE, engine.buckets.all()[0]
-        rows = self.begin(self.prompts(self.sizes.batches[-1] - count, 1))
+        rows = self.begin(self.prompts(min(largest.rows, self.sizes.batches[-1] - count), 1))
         while not rows[-1].num_output:
             engine.step()
         prompts = self.begin(self.prompts(count, PAGE_SIZE))
