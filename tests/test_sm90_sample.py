@@ -13,6 +13,8 @@ from jaxdet.verify.hlo import lint
 from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.sample import backward_sm90 as backward
 from pallas_kernels.sample import mosaic_gpu_sm90 as kernel
+from pallas_kernels.sample import rounds_sm90 as rounds
+from pallas_kernels.sample import top_k_sm90 as top_k
 from pallas_kernels.sample import xla
 from pallas_kernels.sample.chunks_sm90 import CHUNK
 from pallas_kernels.sample.logprobs_sm90 import log_sum_exp
@@ -58,6 +60,67 @@ def test_tokens_are_the_xla_backends_and_rows_are_independent():
     np.testing.assert_array_equal(few[0], tokens[3])
     other = dataclasses.replace(rows, position=rows.position + 1)
     assert (jax.jit(xla.sample)(logits, other)[0] != tokens)[1:].any(), "another noise gives other tokens"
+
+
+def _rejecting() -> tuple[jax.Array, SamplingRows]:
+    """Rows that top-p leaves so little of that most candidates are rejected: flat, steep, with ties, all equal."""
+    logits = jax.random.normal(jax.random.key(3), (8, VOCAB))
+    logits = logits * jnp.array([0.3, 0.3, 3, 3, 1, 1, 0, 0])[:, None]
+    logits = logits.at[4:6].set(jnp.round(logits[4:6]))
+    top_p = jnp.array([0.01, 0.001, 0.1, 1e-30, 0.02, 0.3, 0.01, 1e-9])
+    plain = dataclasses.replace(_rows(8), temperature=jnp.ones(8), min_p=jnp.zeros(8))
+    return logits, dataclasses.replace(plain, top_p=top_p, top_k=jnp.zeros(8, jnp.int32))
+
+
+def _rounds_of(logits, rows) -> list[tuple[int, int]]:
+    """(token, rounds) of every row, by rejection in float64."""
+    noise = np.asarray(xla.gumbel(rows.seed, rows.sample_index, rows.position, VOCAB))
+    found = []
+    for x, noisy, p in zip(
+        np.asarray(logits), np.asarray(logits) + noise, np.asarray(rows.top_p), strict=True
+    ):
+        order = np.lexsort((np.arange(VOCAB), -x))
+        mass = np.exp(x[order].astype(np.float64) - x.max())
+        end, number = VOCAB, 0
+        while not number or (end and mass[:end].sum() >= p * mass.sum()):
+            end, number = int(np.argmax(noisy[order[:end]])), number + 1
+        found.append((int(order[end]), number))
+    return found
+
+
+@pytest.mark.interpret
+def test_a_token_does_not_depend_on_how_many_rounds_are_launches(monkeypatch):
+    logits, rows = _rejecting()
+    want, needed = map(list, zip(*_rounds_of(logits, rows), strict=True))
+    assert max(needed) > 4 and needed.count(1) < 4, "rows go on in the last launch, wherever it begins"
+    with gpu_interpreter():
+        for redraws in (1, 3):
+            monkeypatch.setattr(rounds, "REDRAWS", redraws)
+            assert jax.jit(kernel.sample)(logits, rows)[0].tolist() == want
+        monkeypatch.setattr(rounds, "REDRAWS", 0)
+        hostile, index = _in_company(logits[:ROWS])[:ROWS], jnp.arange(8)[::-1]
+        beside = jnp.concatenate([hostile, logits[index]])
+        company = _take(rows, jnp.concatenate([jnp.array([1, 2, 1, 0]), index]))
+        tokens, usable = jax.jit(kernel.sample)(beside, company)
+    assert tokens[:3:-1].tolist() == want and usable.tolist() == [False] * 3 + [True] * 9
+    assert jax.jit(xla.sample)(logits, rows)[0].tolist() == want
+    unlimited = dataclasses.replace(rows, top_p=jnp.ones(8))
+    first = jax.jit(xla.sample)(logits, unlimited)[0].tolist()
+    assert [a == b for a, b in zip(first, want, strict=True)] == [n == 1 for n in needed], "rejection matters"
+
+
+@pytest.mark.interpret
+def test_top_k_keeps_the_first_of_those_tied_at_its_edge():
+    logits = jnp.round(jax.random.normal(jax.random.key(5), (5, VOCAB)))
+    logits = logits.at[2].set(0).at[3, 7:].set(-jnp.inf)
+    wanted = jnp.array([1, 3000, CHUNK + 20, 20, 0])
+    with gpu_interpreter():
+        found = jax.jit(top_k.edge)(logits, jnp.ones(5), jnp.full(5, -100.0), wanted)
+    edge, cut = (x[:, None] for x in found)
+    kept = (logits > edge) | ((logits == edge) & (logits > -jnp.inf) & (jnp.arange(VOCAB) <= cut))
+    for x, k, row in zip(np.asarray(logits), wanted.tolist(), kept, strict=True):
+        order = np.lexsort((np.arange(VOCAB), -x))[: k or VOCAB]
+        assert sorted(order[x[order] > -np.inf]) == np.flatnonzero(row).tolist()
 
 
 def test_sampling_lowers_for_cuda():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import pl, plgpu
+from pallas_kernels.sample.xla import INT32_MAX
 
 PIECE = 512
 LOADS = 4
@@ -40,3 +41,44 @@ def vector(value):
 
 def full(value, dtype=jnp.float32):
     return plgpu.layout_cast(jnp.full((PIECE,), value, dtype), VECTOR)
+
+
+def sweep(x_g, row, chunk, visit, state):
+    """`visit([(x, ids)], state)` over the pieces of a chunk, ids ascending; past the row's end x is −inf."""
+    vocab = x_g.shape[1]
+
+    def several(i, state):
+        begin = chunk * CHUNK + i * (LOADS * PIECE)
+        pieces = []
+        for j in range(LOADS):
+            wanted = begin + j * PIECE
+            _, x, ids = load_piece(x_g, row, wanted)
+            pieces.append((jnp.where(ids >= wanted, x, -jnp.inf), ids))
+        return visit(pieces, state)
+
+    left = jnp.minimum(vocab - chunk * CHUNK, CHUNK)
+    return lax.fori_loop(0, pl.cdiv(left, jnp.int32(LOADS * PIECE)), several, state)
+
+
+def better(value, ids, best, first):
+    """(`best`, `first`), or `value` and its id where it is larger."""
+    larger = value > best
+    return jnp.where(larger, value, best), jnp.where(larger, ids, first)
+
+
+def earliest(best, first):
+    """The largest of `best`, and of several the lowest of `first`; a NaN is the largest, without an id."""
+    top = jnp.max(best)
+    return top, jnp.min(jnp.where(best == top, first, jnp.int32(INT32_MAX)))
+
+
+def launch(body, shape, out_type, scratch=(), *, per_row=False, approximate=True):
+    """The kernel `body` over (row, chunk) of logits of `shape`, or over rows."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(shape[0], 1 if per_row else chunks_of(shape[1])),
+        grid_names=("row", "chunk"),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate),
+    )
