@@ -83,6 +83,19 @@ def test_every_tile_lowers_for_cuda(tile):
     product.trace(x, packed).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize(("rows", "copies"), [(9, True), (40, False), (96, False), (130, True), (192, True)])
+def test_part_of_a_tile_lowers_for_cuda(rows, copies):
+    """Multiples of 8 within one tile are neither padded nor cut; `copies` says whether others are."""
+    x, w, residual = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, 4096), (64, 6144, 64), (rows, 6144))
+    )
+    product = jax.jit(lambda *a: kernel.matmul(*a[:2], n=6144, residual=a[2], tile=Tile(128, 128, 64, 2)))
+    text = product.trace(x, w, residual).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("stablehlo.pad" in text or "stablehlo.slice" in text) == copies
+    gated = jax.jit(lambda x, w: kernel.gated_matmul_saving(x, w, n=12288, activation="silu"))
+    gated.trace(x, jax.ShapeDtypeStruct((64, 24576, 64), jnp.bfloat16)).lower(lowering_platforms=("cuda",))
+
+
 @pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)

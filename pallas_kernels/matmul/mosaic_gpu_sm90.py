@@ -125,10 +125,13 @@ def _product(
     tile = tile or tuned_tile(rows, k, columns)
     if tile.columns > columns:  # a TMA box wider than its array reads wrong columns
         tile = dataclasses.replace(tile, columns=columns)
-    # TMA wants fewer than 8 rows or a multiple of 8, and partly out-of-range boxes are slow.
+    # TMA wants fewer than 8 rows or a multiple of 8. Loads of boxes that are partly out of range are slow, so that
+    # several tiles need whole ones of x. What is stored beyond the result's end is dropped.
     # The interpreter does not copy part of a tile.
-    unit = tile.rows if rows > 64 or interpreting() else 8 if rows > 8 else 1
+    least = 8 if rows > 8 else 1
+    unit = tile.rows if rows > tile.rows or interpreting() else least
     pad = ((0, -rows % unit), (0, blocks * K_BLOCK - k))
+    out_rows = rows + -rows % (unit if interpreting() else least)
     if pad != ((0, 0), (0, 0)):
         x = jnp.pad(x, pad)
     width = columns // 2 if activation else columns
@@ -136,7 +139,7 @@ def _product(
     if bias is not None:
         extra.append(jnp.pad(bias.astype(jnp.float32), (0, width - bias.shape[0])))
     if residual is not None:
-        if (fill := ((0, x.shape[0] - rows), (0, width - residual.shape[1]))) != ((0, 0), (0, 0)):
+        if (fill := ((0, out_rows - rows), (0, width - residual.shape[1]))) != ((0, 0), (0, 0)):
             residual = jnp.pad(residual, fill)
         extra.append(residual)
     if residual is not None and residual.dtype != x.dtype:
@@ -145,6 +148,7 @@ def _product(
         )
     call = _kernel(
         x.shape,
+        out_rows,
         columns,
         x.dtype,
         out_dtype or x.dtype,
@@ -169,7 +173,17 @@ def _transforms(columns: int, itemsize: int):
 
 @functools.cache
 def _kernel(
-    x_shape, columns, dtype, out_dtype, tile: Tile, has_bias, has_residual, activation, saving, interpreted
+    x_shape,
+    out_rows,
+    columns,
+    dtype,
+    out_dtype,
+    tile: Tile,
+    has_bias,
+    has_residual,
+    activation,
+    saving,
+    interpreted,
 ):
     rows, k = x_shape
     depth = tile.depth if k % tile.depth == 0 else K_BLOCK
@@ -367,11 +381,11 @@ def _kernel(
             **scratch,
         )
 
-    out_type = jax.ShapeDtypeStruct((rows, columns // ratio), out_dtype)
+    out_type = jax.ShapeDtypeStruct((out_rows, columns // ratio), out_dtype)
     return plgpu.kernel(
         body,
         kernel_name=f"matmul_{k}x{columns}",
-        out_type=(out_type, jax.ShapeDtypeStruct((rows, columns), dtype)) if saving else out_type,
+        out_type=(out_type, jax.ShapeDtypeStruct((out_rows, columns), dtype)) if saving else out_type,
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=groups + 1,
