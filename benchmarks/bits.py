@@ -25,6 +25,7 @@ from jaxdet.testing import COMMON, FAMILIES, QWEN3_8B, random_model
 from jaxdet.verify.cases import step_cases
 from jaxdet.verify.probe import MODEL_LEN, Probe
 from pallas_kernels.attention import mosaic_gpu_sm90 as attention
+from pallas_kernels.attention.segments_sm90 import SEGMENT
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
 from pallas_kernels.matmul.tuning_sm90 import ROW_BUCKETS, TABLE, Tile, tile
 from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
@@ -132,12 +133,18 @@ def attend(head_dim: int, heads: int, kv_heads: int, length: int, **option):
 
     tally = Tally()
     whole = run(q, [length], [length], length)
-    at = np.unique(np.clip([0, 1, 127, 128, 129, 511, 512, 513, 640, 1023, 1024, length - 1], 0, length - 1))
+    at = np.unique(
+        np.clip(
+            [0, 1, 127, 128, 129, 640, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT, length - 1],
+            0,
+            length - 1,
+        )
+    )
     tally(run(q[at], at + 1, [1] * len(at), 1), whole[at])
     tally(run(q[-1:], [length], [1], 1), whole[-1:])
     everyone = np.arange(length)  # so many that a CTA walks over all segments of a sequence
     tally(run(q, everyone + 1, [1] * length, 1), whole)
-    for start in (0, 333, 512):
+    for start in (0, 333, SEGMENT - 12, SEGMENT):
         tally(run(q[start : start + 100], [start + 100], [100], 100), whole[start : start + 100])
     mixed = jnp.concatenate([jnp.full((40, heads, head_dim), jnp.nan, jnp.bfloat16), q[-60:]])
     tally(run(mixed, [length, length], [40, 60], 60)[40:], whole[-60:])
@@ -178,13 +185,13 @@ def attend_long(length: int, heads: int = 32, kv_heads: int = 8, head_dim: int =
         tally.on_device(got, want)
 
     whole = run(q, jnp.array([length]), jnp.array([0, length]), length)
-    ends = (0, 1, 511, 512, 513, length // 2, length - 2, length - 1)
+    ends = (0, 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, length // 2, length - 2, length - 1)
     for batch in (1, 2, 8, 33, 64, 131, 200, 256):
         for _ in range(2):
             at = rng.permutation(np.concatenate([ends, rng.integers(0, length, max(batch, 8))]))[:batch]
             compare(q[at], at + 1, [1] * batch, whole[at])
     for chunk in (1, 7, 64, 100, 512, 4096):
-        for start in (0, 505, *rng.integers(0, length - chunk, 4), length - chunk):
+        for start in (0, SEGMENT - 7, *rng.integers(0, length - chunk, 4), length - chunk):
             rows = slice(start, start + chunk)
             compare(q[rows], [start + chunk], [chunk], whole[rows])
     hostile = jnp.resize(HOSTILE, (200, 1, 1)) * jnp.ones_like(q[:200])
@@ -262,7 +269,7 @@ def draw(vocab: int, count: int):
     rows, tally = sampling_rows(count), Tally()
 
     tokens_of, peak_of = jax.jit(sample.sample), jax.jit(functools.partial(jnp.max, axis=1))
-    edges_of = jax.jit(lambda logits, peak, rows: sample.edges(logits, peak, rows)[1:])
+    edges_of = jax.jit(sample.edges)
 
     def run(logits, rows):
         return jax.tree.map(np.asarray, (tokens_of(logits, rows), edges_of(logits, peak_of(logits), rows)))
@@ -428,13 +435,13 @@ SECTIONS = {
         head_blocks,
     ],
     "attention": [
-        functools.partial(attend, 128, 32, 8, 1300),
-        functools.partial(attend, 64, 9, 3, 1300),
-        functools.partial(attend, 128, 8, 2, 1300, window=200),
-        functools.partial(attend, 128, 8, 2, 700, soft_cap=30.0),
-        functools.partial(attend, 96, 4, 4, 700),
-        functools.partial(attend, 256, 4, 1, 700, window=300),
-        functools.partial(attend, 256, 8, 4, 700),
+        functools.partial(attend, 128, 32, 8, 2100),
+        functools.partial(attend, 64, 9, 3, 2100),
+        functools.partial(attend, 128, 8, 2, 2100, window=200),
+        functools.partial(attend, 128, 8, 2, 1300, soft_cap=30.0),
+        functools.partial(attend, 96, 4, 4, 1300),
+        functools.partial(attend, 256, 4, 1, 1300, window=1100),
+        functools.partial(attend, 256, 8, 4, 1300),
     ],
     "attention, long": [functools.partial(attend_long, 32768)],
     "matmul": [

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.attention import decode_sm90
 from pallas_kernels.attention import mosaic_gpu_sm90 as kernel
+from pallas_kernels.attention.segments_sm90 import SEGMENT
 from pallas_kernels.backend import rows_are_free
 from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.rms_norm import mosaic_gpu_sm90 as norm
@@ -39,9 +40,10 @@ def test_attention_lowers_for_cuda(head_dim, queries, option):
     jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize("rows", [7, 1024])
 @pytest.mark.parametrize("size", [576, 4096])
-def test_rms_norm_lowers_for_cuda(size):
-    x, weight = jax.ShapeDtypeStruct((7, size), jnp.bfloat16), jax.ShapeDtypeStruct((size,), jnp.float32)
+def test_rms_norm_lowers_for_cuda(size, rows):
+    x, weight = jax.ShapeDtypeStruct((rows, size), jnp.bfloat16), jax.ShapeDtypeStruct((size,), jnp.float32)
     call = jax.jit(functools.partial(norm.rms_norm, eps=1e-6))
     call.trace(x, weight).lower(lowering_platforms=("cuda",))
 
@@ -96,7 +98,9 @@ class Sequence:
     not rows_are_free(), reason="interpreted products are XLA's, whose order has the rows in it here"
 )
 @pytest.mark.parametrize(
-    ("head_dim", "length", "option"), [(64, 530, {}), (128, 200, {"window": 70})], ids=["plain", "window"]
+    ("head_dim", "length", "option"),
+    [(64, SEGMENT + 18, {}), (128, 200, {"window": 70})],
+    ids=["plain", "window"],
 )
 def test_interpreted_decode_chunk_and_prefill_agree(head_dim, length, option):
     sequence = Sequence(length, 2, 1, head_dim)
@@ -117,7 +121,8 @@ def test_interpreted_decode_chunk_and_prefill_agree(head_dim, length, option):
 
 @pytest.mark.interpret
 def test_interpreted_decode_of_whole_sequences_and_of_segments_agree(monkeypatch):
-    sequence, at = Sequence(530, 3, 1, 64), np.array([529, 2, 511, 512])
+    length = SEGMENT + 18
+    sequence, at = Sequence(length, 3, 1, 64), np.array([length - 1, 2, SEGMENT - 1, SEGMENT])
     call = lambda: sequence.run(sequence.q[at], at + 1, [1] * len(at), 1)  # noqa: E731
     merged_later = _decode_traced_anew(call)
     monkeypatch.setattr(decode_sm90, "CTAS", 1)
@@ -138,10 +143,10 @@ def _decode_traced_anew(call):
 
 
 @pytest.mark.interpret
-def test_interpreted_rms_norm_row_depends_on_itself_alone():
+def test_interpreted_rms_norm_row_depends_on_itself_alone(monkeypatch):
     rng = np.random.default_rng(0)
     x, weight = (
-        jnp.asarray(rng.normal(size=(5, 576)), jnp.bfloat16),
+        jnp.asarray(rng.normal(size=(6, 576)), jnp.bfloat16),
         jnp.asarray(rng.normal(size=576), jnp.float32),
     )
 
@@ -151,6 +156,8 @@ def test_interpreted_rms_norm_row_depends_on_itself_alone():
 
     full, hostile = run(x), run(x.at[::2].set(jnp.inf))
     np.testing.assert_array_equal(run(x[1:2]), full[1:2])
+    monkeypatch.setattr(norm, "PAIRED", range(6, 7))
+    np.testing.assert_array_equal(run(x), full)
     np.testing.assert_array_equal(hostile[1::2], full[1::2])
     assert (hostile[::2] != full[::2]).any(), "the comparison sees the hostile rows"
     wide = np.asarray(x, np.float64)
@@ -164,10 +171,10 @@ def test_interpreted_rms_norm_row_depends_on_itself_alone():
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("option", [{}, {"window": 200}, {"soft_cap": 30.0}], ids=str)
 def test_decode_chunks_and_prefill_give_one_bit_pattern(head_dim, option):
-    length = 700
+    length = SEGMENT + 200
     sequence = Sequence(length, 8, 2, head_dim)
     whole = sequence.run(sequence.q, [length], [length], length, **option)
-    at = np.array([0, 1, 127, 128, 129, 511, 512, 513, length - 1])
+    at = np.array([0, 1, 127, 128, 129, SEGMENT - 1, SEGMENT, SEGMENT + 1, length - 1])
     decoded = sequence.run(sequence.q[at], at + 1, [1] * len(at), 1, **option)
     np.testing.assert_array_equal(decoded, whole[at])
     for chunk in (7, 100, 512):

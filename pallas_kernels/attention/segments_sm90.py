@@ -1,6 +1,6 @@
 """Where the key axis is cut on Hopper. These fix the order of sums: changing one changes bits."""
 
-SEGMENT = 512
+SEGMENT = 1024
 """Keys in one segment; segments begin at multiples of it."""
 
 BLOCK = {64: 128, 96: 128, 128: 128, 256: 64}
