@@ -210,7 +210,7 @@ def product(k: int, n: int, most: int, counts):
     tally, full = Tally(), run(x, packed)
     for rows in counts:
         tally.on_device(run(x[:rows], packed), full[:rows])
-    for rows in (2, 16, 64, 130, 256, 512, 1024, most):
+    for rows in sorted({2, 16, 64, 130, 256, min(512, most), min(1024, most), most}):
         for first in (0, 1):
             hostile = x[:rows].at[first::2].set(jnp.resize(HOSTILE, (len(x[first:rows:2]), 1)))
             tally.on_device(run(hostile, packed)[1 - first :: 2], full[1 - first : rows : 2])
@@ -392,11 +392,12 @@ def whole_step():
 
     folder = write_tiny_model(f"{tempfile.mkdtemp()}/model", "qwen3", head_dim=64)
     llm = LLM(
-        folder, dtype="bfloat16", max_num_seqs=8, max_model_len=1024, keep_logits=True, compile_at_start=False
+        folder, dtype="bfloat16", max_num_seqs=8, max_model_len=1280, keep_logits=True, compile_at_start=False
     )
     rng = np.random.default_rng(0)
     prompts = [
-        {"prompt_token_ids": rng.integers(0, 256, n).tolist()} for n in (1, 700, 33, 130, 5, 260, 64, 9)
+        {"prompt_token_ids": rng.integers(0, 256, n).tolist()}
+        for n in (1, SEGMENT + 100, 33, 130, 5, 260, 64, 9)
     ]
     params = [
         SamplingParams(max_tokens=24, temperature=t, top_p=p, top_k=k, seed=i, ignore_eos=True)
@@ -446,6 +447,9 @@ SECTIONS = {
     "attention, long": [functools.partial(attend_long, 32768)],
     "matmul": [
         functools.partial(product, 576, 960, 3000, (1, 2, 7, 8, 9, 63, 64, 65, 100, 130, 256, 513, 2500)),
+        functools.partial(
+            product, 4096, 24576, 256, (72, 96, 104, 120, 127, 136, 184, 200)
+        ),  # part of a tile
         functools.partial(
             product,
             4096,

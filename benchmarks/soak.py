@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--backend", help="the device's own by default")
     parser.add_argument("--max-num-seqs", type=int, default=8 if on_cpu else 256)
-    parser.add_argument("--max-model-len", type=int, default=512 if on_cpu else 768)
+    parser.add_argument("--max-model-len", type=int, default=512 if on_cpu else 1536)
     parser.add_argument("--max-num-batched-tokens", type=int, default=64 if on_cpu else 4096)
     parser.add_argument("--rounds", nargs="+", choices=ROUNDS, default=ROUNDS)
     parser.add_argument("--layers", type=int, help="of qwen3-8b-shape, for a trial")

@@ -32,7 +32,7 @@ def test_attention_lowers_for_cuda(head_dim, queries, option):
         jax.ShapeDtypeStruct((tokens, 8, head_dim), half),
         pages,
         pages,
-        jax.ShapeDtypeStruct((sequences, 8), int32),
+        jax.ShapeDtypeStruct((sequences, 2 * SEGMENT // 128), int32),
         jax.ShapeDtypeStruct((sequences + 1,), int32),
         jax.ShapeDtypeStruct((sequences,), int32),
     )

@@ -94,10 +94,8 @@ def test_a_token_does_not_depend_on_how_many_rounds_are_launches(monkeypatch):
     want, needed = map(list, zip(*_rounds_of(logits, rows), strict=True))
     assert max(needed) > 4 and needed.count(1) < 4, "rows go on in the last launch, wherever it begins"
     with gpu_interpreter():
-        for redraws in (1, 3):
-            monkeypatch.setattr(rounds, "REDRAWS", redraws)
-            assert jax.jit(kernel.sample)(logits, rows)[0].tolist() == want
-        monkeypatch.setattr(rounds, "REDRAWS", 0)
+        assert jax.jit(kernel.sample)(logits, rows)[0].tolist() == want
+        monkeypatch.setattr(rounds, "REDRAWS", 0)  # traced anew for another number of rows
         hostile, index = _in_company(logits[:ROWS])[:ROWS], jnp.arange(8)[::-1]
         beside = jnp.concatenate([hostile, logits[index]])
         company = _take(rows, jnp.concatenate([jnp.array([1, 2, 1, 0]), index]))
@@ -111,21 +109,24 @@ def test_a_token_does_not_depend_on_how_many_rounds_are_launches(monkeypatch):
 
 @pytest.mark.interpret
 def test_top_k_keeps_the_first_of_those_tied_at_its_edge():
-    logits = jnp.round(jax.random.normal(jax.random.key(5), (5, VOCAB)))
+    logits = jnp.round(jax.random.normal(jax.random.key(5), (6, VOCAB)))
     logits = logits.at[2].set(0).at[3, 7:].set(-jnp.inf)
-    wanted = jnp.array([1, 3000, CHUNK + 20, 20, 0])
+    wanted = jnp.array([1, 3000, CHUNK + 20, 20, 0, -1])
     with gpu_interpreter():
-        found = jax.jit(top_k.edge)(logits, jnp.ones(5), jnp.full(5, -100.0), wanted)
+        found = jax.jit(top_k.edge)(logits, jnp.ones(6), jnp.full(6, -100.0), wanted)
     edge, cut = (x[:, None] for x in found)
     kept = (logits > edge) | ((logits == edge) & (logits > -jnp.inf) & (jnp.arange(VOCAB) <= cut))
     for x, k, row in zip(np.asarray(logits), wanted.tolist(), kept, strict=True):
-        order = np.lexsort((np.arange(VOCAB), -x))[: k or VOCAB]
+        order = np.lexsort((np.arange(VOCAB), -x))[: k if k > 0 else VOCAB]
         assert sorted(order[x[order] > -np.inf]) == np.flatnonzero(row).tolist()
 
 
-def test_sampling_lowers_for_cuda():
-    logits = jax.ShapeDtypeStruct((3, 151936), jnp.float32)
-    jax.jit(kernel.sample).trace(logits, _rows(3)).lower(lowering_platforms=("cuda",))
+@pytest.mark.parametrize("x64", [False, True])
+def test_sampling_lowers_for_cuda(x64):
+    """`jax_enable_x64` is the user's."""
+    logits, rows = jax.ShapeDtypeStruct((3, 151936), jnp.float32), _rows(3)
+    with jax.enable_x64(x64):
+        jax.jit(lambda *a: kernel.sample(*a)).trace(logits, rows).lower(lowering_platforms=("cuda",))
 
 
 IDS = jnp.array([0, VOCAB - 1, CHUNK, 4000], jnp.int32)

@@ -1,4 +1,4 @@
-"""Sampling on Hopper: every launch reads the logits once, in chunks of a row that all SMs share.
+"""Sampling on Hopper: launches read the logits in chunks of a row that all SMs share.
 
 The largest logit → the edge of top-k (`top_k_sm90`) → the largest noisy logit, and top-p by rejection (`rounds_sm90`).
 No sum's order depends on more than its own row. x = logit · (1 / temperature), rounded; noise and ties as `op.sample`
@@ -44,7 +44,8 @@ def sample(logits, rows):
     if rows is None:
         return greedy, usable
     token = jnp.where(rows.temperature > 0, -1, greedy)
-    return rounds_sm90.draw(logits, *edges(logits, peak, rows), rows, token), usable
+    with jax.enable_x64(False):  # the kernels' loops count in int32
+        return rounds_sm90.draw(logits, *edges(logits, peak, rows), rows, token), usable
 
 
 def edges(logits, peak, rows):

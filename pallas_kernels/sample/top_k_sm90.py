@@ -22,7 +22,7 @@ ABOVE, TIED = 0, 1
 def edge(logits, scale, floor, wanted):
     """(x, the last id kept at it) of each row's `wanted` largest that aren't below `floor`, which is finite.
 
-    (−inf, −1) if 0 are wanted, and −inf if there are fewer.
+    (−inf, −1) if none are wanted, and −inf if there are fewer.
     """
     count = logits.shape[0]
     narrow, last, cut = (
@@ -136,7 +136,7 @@ def _cut(shape):
     def sample_cut(x_g, scale_g, floor_g, wanted_g, low_g, base_g, sums_g, edge_o, cut_o, totals_s):
         row, wanted = lax.axis_index("row"), wanted_g[lax.axis_index("row")]
 
-        @pl.when(wanted == 0)
+        @pl.when(wanted <= 0)
         def _():
             edge_o[row], cut_o[row] = jnp.float32(-jnp.inf), jnp.int32(-1)
 
