@@ -39,10 +39,10 @@ def test_a_slow_host_shows(monkeypatch, steps):
     schedule = bench.engine.scheduler.schedule
 
     def slow(*arguments):
-        time.sleep(0.02)
+        time.sleep(0.02 * steps)  # a step's CPU "device" takes milliseconds, on a busy machine several
         return schedule(*arguments)
 
     monkeypatch.setattr(bench.engine.scheduler, "schedule", slow)
     row = bench.row([[]], 128)
-    assert 20 / steps <= row["step ms"] and row["host overhead"] > 0.5
+    assert row["step ms"] >= 20 and row["host overhead"] > 0.5
     assert row["host CPU ms"] < row["step ms"] / 2  # it slept
