@@ -145,6 +145,17 @@ def test_greedy_alone_is_temperature_zero():
     np.testing.assert_array_equal(np.where(rows.temperature == 0, mixed, greedy), greedy)
 
 
+@pytest.mark.parametrize("vocab", [512, 8300])
+def test_a_nan_makes_a_row_unusable_wherever_it_is(vocab):
+    """Compiled or not: XLA's own maximum loses some on CPUs."""
+    clean = random_logits(9, vocab)
+    hostile = clean.copy()
+    hostile[np.arange(8), np.linspace(0, vocab - 1, 8).astype(int)] = np.nan
+    for run in (jax.jit(lambda x: sample(x, None)), lambda x: sample(x, None)):
+        assert np.asarray(run(clean)[1]).all()
+        assert np.asarray(run(hostile)[1]).tolist() == [False] * 8 + [True]
+
+
 def test_unusable_rows_are_said_so():
     logits = random_logits(5, 288)
     logits[1, 7], logits[2], logits[3, 0] = np.nan, -np.inf, np.inf
