@@ -133,13 +133,8 @@ def attend(head_dim: int, heads: int, kv_heads: int, length: int, **option):
 
     tally = Tally()
     whole = run(q, [length], [length], length)
-    at = np.unique(
-        np.clip(
-            [0, 1, 127, 128, 129, 640, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT, length - 1],
-            0,
-            length - 1,
-        )
-    )
+    at = [0, 1, 127, 128, 129, 640, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT, length - 1]
+    at = np.unique(np.minimum(at, length - 1))
     tally(run(q[at], at + 1, [1] * len(at), 1), whole[at])
     tally(run(q[-1:], [length], [1], 1), whole[-1:])
     everyone = np.arange(length)  # so many that a CTA walks over all segments of a sequence
@@ -210,7 +205,7 @@ def product(k: int, n: int, most: int, counts):
     tally, full = Tally(), run(x, packed)
     for rows in counts:
         tally.on_device(run(x[:rows], packed), full[:rows])
-    for rows in sorted({2, 16, 64, 130, 256, min(512, most), min(1024, most), most}):
+    for rows in (*(rows for rows in (2, 16, 64, 130, 256, 512, 1024) if rows < most), most):
         for first in (0, 1):
             hostile = x[:rows].at[first::2].set(jnp.resize(HOSTILE, (len(x[first:rows:2]), 1)))
             tally.on_device(run(hostile, packed)[1 - first :: 2], full[1 - first : rows : 2])
@@ -447,9 +442,8 @@ SECTIONS = {
     "attention, long": [functools.partial(attend_long, 32768)],
     "matmul": [
         functools.partial(product, 576, 960, 3000, (1, 2, 7, 8, 9, 63, 64, 65, 100, 130, 256, 513, 2500)),
-        functools.partial(
-            product, 4096, 24576, 256, (72, 96, 104, 120, 127, 136, 184, 200)
-        ),  # part of a tile
+        # Rows that fill part of a tile.
+        functools.partial(product, 4096, 24576, 256, (72, 96, 104, 120, 127, 136, 184, 200)),
         functools.partial(
             product,
             4096,

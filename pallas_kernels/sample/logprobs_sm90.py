@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import interpreting, plgpu, require_hopper
+from pallas_kernels.compat import interpreting, require_hopper
 from pallas_kernels.reduce import pin
 from pallas_kernels.sample.chunks_sm90 import (
     CHUNK,
@@ -20,6 +20,7 @@ from pallas_kernels.sample.chunks_sm90 import (
     aligned,
     chunks_of,
     full,
+    launch,
     load_piece,
     vector,
 )
@@ -63,10 +64,4 @@ def _kernel(shape, _interpreting):
         sums_g[row, chunk] = jnp.sum(total)
 
     size = shape[0], chunks_of(shape[1])
-    return plgpu.kernel(
-        logprob_sums,
-        out_type=(jax.ShapeDtypeStruct(size, jnp.float32),) * 2,
-        grid=size,
-        grid_names=("row", "chunk"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    return launch(logprob_sums, shape, (jax.ShapeDtypeStruct(size, jnp.float32),) * 2)

@@ -40,7 +40,8 @@ def sample(logits, rows):
         raise ValueError(f"sample: {vocab} tokens; mosaic_gpu takes up to {most}; use backend='xla'")
     best, first = _peak(logits.shape, interpreting())(logits)
     peak = jnp.max(best, axis=1)
-    greedy, usable = _earliest(best, first), jnp.isfinite(peak)
+    greedy = jnp.min(jnp.where(best == peak[:, None], first, INT32_MAX), axis=1)
+    greedy, usable = jnp.where(greedy == INT32_MAX, 0, greedy), jnp.isfinite(peak)
     if rows is None:
         return greedy, usable
     token = jnp.where(rows.temperature > 0, -1, greedy)
@@ -57,13 +58,6 @@ def edges(logits, peak, rows):
     floor = jnp.maximum(floor, jnp.finfo(jnp.float32).min)  # −inf is never kept
     edge, cut = top_k_sm90.edge(logits, scale, floor, jnp.where(drawn, rows.top_k, 0))
     return scale, peak, jnp.maximum(edge, floor), jnp.where(edge >= floor, cut, INT32_MAX)
-
-
-def _earliest(best, ids):
-    """Per row the id that goes with the largest of `best`, the lowest id of several."""
-    top = jnp.max(best, axis=1, keepdims=True)
-    found = jnp.min(jnp.where(best == top, ids, INT32_MAX), axis=1)
-    return jnp.where(found == INT32_MAX, 0, found)
 
 
 @functools.cache
