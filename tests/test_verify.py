@@ -13,8 +13,9 @@ from jaxdet import certificates
 from jaxdet.engine.step import Step
 from jaxdet.testing import write_tiny_model
 from jaxdet.verify import Case, verify
+from jaxdet.verify.cases import SEGMENTS, long_case
 from jaxdet.verify.control import NAMES
-from jaxdet.verify.probe import NEIGHBOURS, Probe
+from jaxdet.verify.probe import LONG, MODEL_LEN, NEIGHBOURS, Probe
 from jaxdet.verify.several_steps import STEPS, WORK, several_steps_case
 from pallas_kernels.matmul import xla as matmul
 from pallas_kernels.numerics import PAGE_SIZE
@@ -111,6 +112,25 @@ def test_a_fault_of_several_steps_alone_is_seen(one_layer, monkeypatch, fault):
     assert 0 < case.differing < case.compared
 
 
+def test_a_sequence_longer_than_a_segment_is_compared(one_layer, monkeypatch):
+    assert list(long_case(one_layer)) == []  # this backend's segments end within the reference
+    monkeypatch.setitem(SEGMENTS, one_layer.backend, 1024)
+    (case,) = long_case(one_layer)
+    decoded = LONG - 1024 + 32
+    assert (case.compared, case.differing) == ((2 * LONG + decoded) * one_layer.config.vocab_size, 0)
+
+    run = Probe.run
+
+    def another_decode(probe, cache, rows):
+        if all(row.end - row.start == 1 for row in rows):
+            probe.step = with_flipped_weight(one_layer)
+        return run(probe, cache, rows)
+
+    monkeypatch.setattr(Probe, "run", another_decode)
+    (case,) = long_case(one_layer)
+    assert 0 < case.differing <= decoded * one_layer.config.vocab_size
+
+
 def test_a_case_counts_bits_not_values():
     case = Case("I1", "case")
     case.compare(np.float32([0.0, np.nan, 1.0]), np.float32([0.0, np.nan, 1.0]))
@@ -128,7 +148,7 @@ def test_nothing_compared_is_no_success(tmp_path):
 
 
 def test_model_must_hold_the_reference(tmp_path):
-    with pytest.raises(ValueError, match="max_model_len=512"):
+    with pytest.raises(ValueError, match=f"max_model_len={MODEL_LEN}"):
         verify(write_tiny_model(tmp_path / "tiny", max_position_embeddings=128), progress=False)
 
 

@@ -8,7 +8,7 @@ from jaxdet import certificates
 from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import open_checkpoint
 from jaxdet.llm import LLM
-from jaxdet.verify.cases import request_cases, restart_case, step_cases
+from jaxdet.verify.cases import SEGMENTS, long_case, request_cases, restart_case, step_cases
 from jaxdet.verify.control import control_cases
 from jaxdet.verify.probe import MODEL_LEN, POOL, Probe
 from jaxdet.verify.report import Case, Report, environment
@@ -26,7 +26,7 @@ def verify(
     What it found is kept: an engine with this model, backend and dtype says at its start if values differed here.
 
     Args:
-        model: as for `LLM`; its context must hold 512 tokens.
+        model: as for `LLM`; its context must hold 1152 tokens.
         dtype, backend: as for `LLM`.
         progress: show a progress bar.
 
@@ -43,7 +43,9 @@ def verify(
         keep_logits=True,
     )
     probe = Probe(llm.engine.step_fn)
-    with tqdm(desc="Verifying", unit="case", total=19, disable=not progress) as bar:
+    with tqdm(
+        desc="Verifying", unit="case", total=19 + (probe.step.backend in SEGMENTS), disable=not progress
+    ) as bar:
 
         def run(cases):
             for case in cases:
@@ -52,7 +54,7 @@ def verify(
                 yield case
 
         digest = reference_digest(probe)
-        cases = [*run(step_cases(probe)), *run([several_steps_case(probe)])]
+        cases = [*run(step_cases(probe)), *run(long_case(probe.step)), *run([several_steps_case(probe)])]
         cases += run(request_cases(llm, probe.tokens))
         cases += run([restart_case(str(model), llm.dtype, backend, digest)])
         plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)

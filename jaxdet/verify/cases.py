@@ -10,10 +10,22 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxdet.engine.sequence import Sequence
+from jaxdet.engine.step import Step
 from jaxdet.llm import LLM
 from jaxdet.sampling_params import SamplingParams
-from jaxdet.verify.probe import HOSTILE_PAGES, MAX_TOKENS, NEIGHBOURS, POOL, PREFILL_SEQS, Probe
+from jaxdet.verify.probe import (
+    HOSTILE_PAGES,
+    LENGTH,
+    LONG,
+    MAX_SEQS,
+    MAX_TOKENS,
+    NEIGHBOURS,
+    POOL,
+    PREFILL_SEQS,
+    Probe,
+)
 from jaxdet.verify.report import Case
+from pallas_kernels.attention.segments_sm90 import SEGMENT
 from pallas_kernels.numerics import PAGE_SIZE
 
 BATCHES = (1, 2, 3, 5, 8, 16, 33, 64)
@@ -26,6 +38,9 @@ USERS = {
     "XLA_FLAGS": "--xla_allow_excess_precision=false",
 }
 """Settings of a user's own that must not matter."""
+
+SEGMENTS = {"mosaic_gpu": SEGMENT}
+"""Keys in a segment of attention, where it isn't one page."""
 
 NAMES = {
     "decode": "decode in batches of 1–64, every row",
@@ -120,6 +135,26 @@ def _repetition(probe: Probe) -> Case:
     for _ in range(3):
         case.compare(probe.whole(probe.cache("random"), MAX_TOKENS)[0], probe.reference)
     return case
+
+
+def long_case(step: Step) -> Iterator[Case]:
+    """Where one segment of attention holds the whole reference: a sequence that has two, which have to be merged.
+
+    In other chunks, and every token past the segment's end as a decode row beside neighbours.
+    """
+    if SEGMENTS.get(step.backend, PAGE_SIZE) < LENGTH:
+        return
+    case, probe = Case("I2", f"{LONG} tokens, more than a segment of attention"), Probe(step, LONG)
+    for chunk in (2 * MAX_TOKENS, 100):
+        found, cache = probe.whole(probe.cache("NaN"), chunk)
+        case.compare(found, probe.reference)
+    for first in range(SEGMENTS[step.backend] - MAX_SEQS // 2, LONG, MAX_SEQS // 2):
+        positions = range(first, min(first + MAX_SEQS // 2, LONG))
+        rows = [row for at in positions for row in (probe.me(at, 1), probe.stranger(1))]
+        found, cache = probe.run(cache, rows)
+        for at, logits in zip(positions, found[::2], strict=True):
+            case.compare(logits, probe.reference[at : at + 1])
+    yield case
 
 
 SAMPLED = SamplingParams(

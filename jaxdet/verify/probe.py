@@ -22,8 +22,10 @@ BUCKETS = Buckets(MAX_SEQS, 2 * MAX_TOKENS, PREFILL_SEQS)
 """Room for the reference and its neighbours in one step."""
 POOL = 80
 """Pages of the cache: one for each of 64 sequences, and some."""
-LENGTH, MODEL_LEN = 500, 512
+LENGTH = 500
 """Tokens of the reference: four pages, no multiple of anything; a softmax over all of them is one that XLA reorders."""
+LONG, MODEL_LEN = 1124, 1152
+"""Tokens of a sequence that is longer than any backend's segment of attention."""
 HOSTILE_PAGES = 4
 """Pages that neighbours read; their contents come from `NEIGHBOURS`."""
 NEIGHBOURS = {"random": None, "NaN": np.nan, "inf": np.inf, "1e30": 1e30}
@@ -39,18 +41,19 @@ class Row(NamedTuple):
 
 
 class Probe:
-    """One reference sequence of LENGTH random tokens and ways to compute its logits.
+    """One reference sequence of random tokens and ways to compute its logits.
 
     Args:
         step: the model.
+        length: of the sequence, up to MODEL_LEN.
         seed: of its tokens and of the neighbours'.
     """
 
-    def __init__(self, step: Step, seed: int = 0):
+    def __init__(self, step: Step, length: int = LENGTH, seed: int = 0):
         self.step, self.rng = step, np.random.default_rng(seed)
         vocab = step.config.vocab_size
-        self.tokens: list[int] = self.rng.integers(0, vocab, LENGTH).tolist()
-        self.table = -(-LENGTH // PAGE_SIZE)
+        self.tokens: list[int] = self.rng.integers(0, vocab, length).tolist()
+        self.table = MODEL_LEN // PAGE_SIZE
         self.hostile = list(range(POOL - HOSTILE_PAGES, POOL))
         self.own = list(range(1, self.table + 1))
 
@@ -69,7 +72,7 @@ class Probe:
         most = min(len(self.tokens), HOSTILE_PAGES * PAGE_SIZE) - count
         start = int(self.rng.integers(min(1, most), most + 1))
         tokens = self.rng.integers(0, self.step.config.vocab_size, start + count).tolist()
-        return Row(tokens, start, start + count, self.hostile[: self.table])
+        return Row(tokens, start, start + count, self.hostile)
 
     def me(self, start: int, count: int, pages: list[int] | None = None) -> Row:
         """Tokens of the reference sequence."""
@@ -87,7 +90,7 @@ class Probe:
         return [found[first[id(p)] : first[id(p)] + p.count] for p in parts], cache
 
     def whole(self, cache: KVCache, chunk: int, pages: list[int] | None = None) -> tuple[np.ndarray, KVCache]:
-        """Logits [LENGTH, V] of the reference sequence, `chunk` tokens a step."""
+        """Logits [tokens, V] of the reference sequence, `chunk` tokens a step."""
         parts = []
         for at in range(0, len(self.tokens), chunk):
             row = self.me(at, min(chunk, len(self.tokens) - at), pages)
@@ -97,7 +100,7 @@ class Probe:
 
     @functools.cached_property
     def reference(self) -> np.ndarray:
-        """Logits of one prefill of the sequence alone, in a clean pool."""
+        """Logits of the sequence alone, in a clean pool, prefilled at once (by MAX_TOKENS if it is longer)."""
         clean = jax.tree.map(jnp.zeros_like, self.cache())
         return self.whole(clean, MAX_TOKENS)[0]
 
