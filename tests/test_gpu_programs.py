@@ -28,8 +28,17 @@ def runner(step: Step, ran: list[str]) -> Step:
     return step._twin(call)
 
 
+@pytest.fixture
+def several_processes(tmp_path):
+    """Without a folder to keep programs in, this process would lower all of them, one at a time."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.mark.parametrize("max_model_len, rows, tokens", [(8448, 1000, 8192), (512, 64, 256)])
-def test_every_program_runs(max_model_len, rows, tokens):
+def test_every_program_runs(max_model_len, rows, tokens, several_processes):
     model = random_model(
         QWEN3_8B | {"num_hidden_layers": 1}, dtype=jnp.bfloat16, backend=None, max_model_len=max_model_len
     )
