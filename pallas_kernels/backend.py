@@ -12,6 +12,7 @@ import numpy as np
 from pallas_kernels.attention.segment_tpu import MAX_HEAD_DIM
 from pallas_kernels.attention.segments_sm90 import BLOCK, MOST_GROUPED_HEADS
 from pallas_kernels.numerics import GPU_ATTENTION_TILES, GPU_ROW_TILES, ROW_TILE
+from pallas_kernels.proven import ROWS
 
 BACKENDS = ("xla", "mosaic_gpu", "mosaic_tpu")
 
@@ -118,8 +119,16 @@ def rows_are_free() -> bool:
 
 
 def row_tile(dtype) -> int:
-    """Rows of every dot of the xla backend where rows are not free."""
+    """Rows of every dot of the xla backend where rows are not free and no larger ones are proven."""
     return GPU_ROW_TILES[np.dtype(dtype).itemsize] if jax.default_backend() == "gpu" else ROW_TILE
+
+
+def larger_row_tiles(dtype) -> tuple[int, ...]:
+    """Rows, ascending, that a dot may have beside `row_tile` if they are proven to give its bits; on GPUs alone, where
+    a dot of few rows is bound by reading the weights."""
+    if jax.default_backend() != "gpu":
+        return ()
+    return tuple(rows for rows in ROWS if rows > row_tile(dtype))
 
 
 def attention_tiles() -> int:

@@ -18,7 +18,8 @@ ROW_TILE = 8
 
 GPU_ROW_TILES = {2: 128, 4: 32}
 """The same on GPUs, by bytes of an element: as many rows as a read of the weights pays for, so that decode is no
-slower for them and a prompt reads its weights seldom. float32 has no matrix units, hence fewer."""
+slower for them and a prompt reads its weights seldom. float32 has no matrix units, hence fewer. More where a device has
+proven them free: `proven.ROWS`."""
 
 GPU_ATTENTION_TILES = 16
 """xla attention on GPUs: so many query tiles go through a dot together, always."""

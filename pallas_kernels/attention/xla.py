@@ -3,7 +3,8 @@
 Queries are cut into tiles of one sequence each. A tile walks over its sequence's pages (one page is one segment),
 computes the segment's softmax from an empty state and merges it. Where XLA's dots are free in the row count all
 tiles go through together and a tile is as long as it likes; elsewhere tiles have a fixed shape and are mapped over
-in groups of a fixed size, for decode and prefill alike.
+in groups of a fixed size, for decode and prefill alike. Prompts that fill them go in larger tiles where those were
+proven to keep the bits (`proven.py`).
 
 A key that a row doesn't see must not reach it, and 0 · NaN would. So P · V never meets an infinite or NaN value that
 some row of the tile doesn't see: decode, whose rows sit at one position, clears what that position doesn't see;
@@ -17,21 +18,33 @@ from jax import lax
 from pallas_kernels.attention.tiles import tiles
 from pallas_kernels.backend import attention_tiles, rows_are_free
 from pallas_kernels.numerics import COLUMN_BLOCK, ROW_TILE, TRASH_PAGE
+from pallas_kernels.proven import ATTENTION_GROUP, ATTENTION_TILE, Attention, attention_is_larger
 from pallas_kernels.reduce import dot_f32, pin, row_sum
 
 PREFILL_TILE = 32
 ROW_FREE_MAX_DIM = 256  # above 256 columns XLA splits a dot's k when rows are few
 
 
-def attention(
+def attention(q, *operands, **options):
+    """See `op.attention`."""
+    return unrounded(q, *operands, **options).astype(q.dtype)
+
+
+def unrounded(
     q, k_pages, v_pages, block_tables, query_start, seq_lens, *, scale, window, soft_cap, max_query_len
 ):
-    """See `op.attention`."""
+    """The same before its last rounding, in float32."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
     free = rows_are_free() and dim <= ROW_FREE_MAX_DIM
-    tile = min(max_query_len, PREFILL_TILE) if free else ROW_TILE
     sequences = seq_lens.shape[0]
+    tile, group_size = ROW_TILE, attention_tiles()
+    if free:
+        tile = min(max_query_len, PREFILL_TILE)
+    elif max_query_len > 1 and tokens >= ATTENTION_TILE * sequences:  # or most of a tile may be padding
+        shape = Attention(heads, kv_heads, dim, str(q.dtype), window, soft_cap)
+        if attention_is_larger(shape):
+            tile, group_size = ATTENTION_TILE, ATTENTION_GROUP
     if max_query_len == 1:
         seq, start = jnp.arange(sequences, dtype=jnp.int32), jnp.zeros(sequences, jnp.int32)
     else:
@@ -65,7 +78,6 @@ def attention(
     if free:
         out = attend(picked, block_tables, seq, row_positions)
     else:
-        group_size = attention_tiles()
         owner = jnp.arange(group_size, dtype=jnp.int32)
         filled = -seq.shape[0] % group_size
 
@@ -77,7 +89,7 @@ def attention(
         out = lax.map(lambda group: attend(group[0], group[1], owner, group[2]), groups)
     out = out.reshape(-1, kv_heads, tile, group, dim).transpose(0, 2, 1, 3, 4).reshape(-1, heads, dim)
     if max_query_len == 1 and tile == 1:
-        return out.astype(q.dtype)
+        return out
     # Back from tiles to rows: row t sits in its sequence's tile t // tile.
     target = jnp.where(real, rows, tokens).reshape(-1)
     where = (
@@ -85,7 +97,7 @@ def attention(
         .at[target]
         .set(jnp.arange(target.shape[0], dtype=jnp.int32), mode="drop")
     )
-    return out.at[where[:tokens]].get(mode="promise_in_bounds").astype(q.dtype)
+    return out.at[where[:tokens]].get(mode="promise_in_bounds")
 
 
 def _attend(q, tables, owner, positions, k_pages, v_pages, *, scale, window, soft_cap, decode):

@@ -7,7 +7,8 @@ products accumulate in ascending k in float32; chunk sums add up in ascending or
   [c, N / 64, K / c, 64] and a product is one batched dot over (chunk, column block): plain two-dimensional dots
   split k when N is large and M small, these never do. Above 64 rows the blocks are laid side by side on the fly.
 * Elsewhere weights stay [K, N] and every dot has exactly `backend.row_tile` rows, mapped over the row tiles:
-  whatever order XLA picks for that one shape, it picks always (on GPUs with `backend.compiler_options`).
+  whatever order XLA picks for that one shape, it picks always (on GPUs with `backend.compiler_options`). Dots of more
+  rows, which read the weights less often, are used for shapes whose bits they were proven to keep (`proven.py`).
 """
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import lax
 
 from pallas_kernels.backend import row_tile, rows_are_free
 from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK
+from pallas_kernels.proven import larger_rows
 from pallas_kernels.reduce import dot_f32, pin
 
 BLOCKED_MAX_ROWS = 64
@@ -88,11 +90,19 @@ def _row_free(x, packed):
 
 
 def _row_tiled(x, w):
-    (rows, k), tile = x.shape, row_tile(x.dtype)
-    tiles = -(-rows // tile)
-    x = jnp.pad(x, ((0, tiles * tile - rows), (0, 0))).reshape(tiles, tile, k)
-    y = lax.map(lambda rows: dot_f32(rows, w, (((1,), (0,)), ((), ()))), x)
-    return y.reshape(tiles * tile, w.shape[1])[:rows]
+    (rows, k), n, base = x.shape, w.shape[1], row_tile(x.dtype)
+    x = jnp.pad(x, ((0, -rows % base), (0, 0)))
+    parts, at = [], 0
+    # Every size is a multiple of the next: what is padded is less than one base tile, whichever are proven.
+    for tile in (*larger_rows(k, n, x.dtype), base):
+        if tiles := (len(x) - at) // tile:
+            end = at + tiles * tile
+            y = lax.map(
+                lambda rows: dot_f32(rows, w, (((1,), (0,)), ((), ()))), x[at:end].reshape(tiles, tile, k)
+            )
+            parts.append(y.reshape(tiles * tile, n))
+            at = end
+    return (parts[0] if len(parts) == 1 else jnp.concatenate(parts))[:rows]
 
 
 def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None):
