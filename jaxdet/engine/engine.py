@@ -16,6 +16,7 @@ from jaxdet.engine import batch as arrays
 from jaxdet.engine.buckets import Bucket, Buckets
 from jaxdet.engine.drafting import Drafter, ModelDrafter, NgramDrafter
 from jaxdet.engine.kv_cache import PagePool
+from jaxdet.engine.larger_tiles import prove
 from jaxdet.engine.memory import out_of_memory, plan_pages
 from jaxdet.engine.scheduler import Part, Plan, Scheduler
 from jaxdet.engine.sequence import Constraint, Entry, Sequence
@@ -88,7 +89,6 @@ class Engine:
         num_scheduler_steps: int = 1,
         keep_logits: bool = False,
     ):
-        self.step_fn = Step(model)
         self.max_model_len, self.seed = max_model_len, seed
         self.eos_token_ids = frozenset(eos_token_ids)
         self.keep_logits = keep_logits
@@ -97,6 +97,7 @@ class Engine:
         self._table = -(-max_model_len // PAGE_SIZE)
         prompts = max(FEWEST_PREFILL_SEQS, max_num_batched_tokens // PAGE_SIZE)
         self.buckets = Buckets(max_num_seqs * (1 + self._drafts), max_num_batched_tokens, prompts)
+        self.step_fn = self._step_of(model)
         if num_pages is None:
             num_pages = plan_pages(
                 model.config,
@@ -134,6 +135,9 @@ class Engine:
         self._counters = Counters()
         self._compiled_at_start = self._compiled
 
+    def _step_of(self, model: DecoderLM) -> Step:
+        return Step(model, prove(model, self.buckets.all()))
+
     def _make_drafter(self, drafter: DecoderLM | str | None) -> Drafter | None:
         if drafter is None:
             return None
@@ -147,7 +151,7 @@ class Engine:
                 "use a drafter of the same family"
             )
         return ModelDrafter(
-            Step(drafter),
+            self._step_of(drafter),
             self.buckets,
             num_pages=self.pool.num_pages,
             table=self._table,

@@ -26,6 +26,7 @@ from jaxdet.engine.step import Step
 from jaxdet.engine.wanted import Programs, Wanted, shapes_of
 from jaxdet.models.layers import KVCache
 from jaxdet.processors import usable_cpus
+from pallas_kernels.proven import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +44,17 @@ class _Model(NamedTuple):
     state: nnx.State
     cache: KVCache
     last_tokens: jax.Array
+    tiles: Tiles
 
     @classmethod
     def of(cls, programs: Programs) -> "_Model":
         """Shapes in the place of arrays."""
         step, cache, last = programs
-        return cls(step.graph, *shapes_of((step.state, cache, last)))
+        return cls(step.graph, *shapes_of((step.state, cache, last)), tiles=step.tiles)
 
     def programs(self) -> Programs:
-        return Programs(Step(nnx.merge(self.graph, self.state)), self.cache, self.last_tokens)
+        step = Step(nnx.merge(self.graph, self.state), self.tiles)
+        return Programs(step, self.cache, self.last_tokens)
 
 
 class _Work(NamedTuple):

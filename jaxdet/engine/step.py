@@ -25,6 +25,7 @@ from jaxdet.models.layers import Batch, DecoderLM, KVCache, new_cache
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.backend import compiler_options
 from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
+from pallas_kernels.proven import BASE, Tiles, with_tiles
 from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, restrict, sample, token_logprobs
 
@@ -62,10 +63,15 @@ class StepOutput(NamedTuple):
 
 
 class Step:
-    """A model's compiled programs. Every method is a pure function; donated arguments are named."""
+    """A model's compiled programs. Every method is a pure function; donated arguments are named.
 
-    def __init__(self, model: DecoderLM):
+    Args:
+        tiles: those of the xla backend that were proven here, beside its base tiles.
+    """
+
+    def __init__(self, model: DecoderLM, tiles: Tiles = BASE):
         self.config, self.dtype, self.backend = model.config, model.dtype, model.backend
+        self.tiles = tiles
         graph, self.state = nnx.split(model)
         self.graph, backend = graph, self.backend
         bind = functools.partial
@@ -263,8 +269,8 @@ class Step:
             args, static = (*args, pack(told)), static | {"layout": layout_of(told)}
         function, options = self._functions[name]
         jit = functools.partial(jax.jit, compiler_options=compiler_options(self.backend), **options)
-        origin = name, self.config, str(self.dtype), self.backend
-        return Program(function, args, static, origin, jit)
+        origin = name, self.config, str(self.dtype), self.backend, self.tiles
+        return Program(with_tiles(self.tiles, function), args, static, origin, jit)
 
 
 def _model(graph, tree, weights, cache: KVCache, last_tokens, told, *, layout: Layout):

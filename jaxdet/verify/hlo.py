@@ -19,9 +19,10 @@ from rich.text import Text
 
 from jaxdet.engine.step import Step
 from jaxdet.verify.hlo_module import REDUCTIONS, Computation, Op, Program
-from pallas_kernels.backend import rows_are_free
+from pallas_kernels.backend import attention_tiles, row_tile, rows_are_free
 from pallas_kernels.matmul.xla import BLOCKED_MAX_ROWS
-from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK, PAGE_SIZE
+from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK, PAGE_SIZE, ROW_TILE
+from pallas_kernels.proven import ATTENTION_GROUP, ATTENTION_TILE, BASE, Tiles
 
 # How the targets of custom calls begin: our kernels'; XLA's own that round nothing (sorting, placement); cuBLAS's.
 KERNELS = ("mosaic_gpu", "tpu_custom_call")
@@ -205,19 +206,21 @@ def _axes(op: Op, kind: str) -> list[int]:
     return [int(i) for i in re.findall(r"\d+", found[1])] if found else []
 
 
-def misshapen(programs: Mapping[str, Program]) -> Iterator[tuple[str, Finding]]:
+def misshapen(programs: Mapping[str, Program], tiles: Tiles = BASE) -> Iterator[tuple[str, Finding]]:
     """Dots that no kernel of the xla backend asks for, and dots that not every program (bucket) has.
 
     A kernel's dot states the highest precision. Where its rows are free (`rows_are_free`) it has at least two, sums
     at most K_CHUNK products, has whole blocks of columns (at most a page of keys up to BLOCKED_MAX_ROWS rows), and
-    every program has dots of that depth; elsewhere every program has dots of exactly that shape.
+    every program has dots of that depth; elsewhere every program has dots of exactly that shape, where one that `tiles`
+    has counts as the base tile's.
     """
     free = rows_are_free()
+    base = _bases(tiles)
     found = {name: list(dots(program)) for name, program in programs.items()}
-    forms = {name: {_form(dot, free) for _, dot in pairs} for name, pairs in found.items()}
+    forms = {name: {_form(dot, free, base) for _, dot in pairs} for name, pairs in found.items()}
     for name, pairs in found.items():
         for op, dot in pairs:
-            missing = [other for other in forms if _form(dot, free) not in forms[other]]
+            missing = [other for other in forms if _form(dot, free, base) not in forms[other]]
             if not re.search(
                 r'operand_precision"?[=:][{\[]"?highest"?,"?highest', op.attributes, re.IGNORECASE
             ):
@@ -228,8 +231,23 @@ def misshapen(programs: Mapping[str, Program]) -> Iterator[tuple[str, Finding]]:
                 yield name, Finding(op, f"has a shape that {', '.join(missing)} lacks: {dot}")
 
 
-def _form(dot: Dot, free: bool) -> tuple:
-    return (dot.depth, dot.dtypes) if free else dot
+def _form(dot: Dot, free: bool, base: Mapping[tuple[int, ...], tuple[int, int]]) -> tuple:
+    if free:
+        return dot.depth, dot.dtypes
+    batch, rows = base.get(dot[:4], dot[:2])
+    return dot._replace(batch=batch, rows=rows)
+
+
+def _bases(tiles: Tiles) -> dict[tuple[int, ...], tuple[int, int]]:
+    """Batch and rows of the base tile, by the shape of each dot in a larger one."""
+    bases = {(1, rows, k, n): (1, row_tile(dtype)) for k, n, dtype, rows in tiles.dots}
+    for shape in tiles.attention:
+        heads, group = shape.kv_heads, shape.q_heads // shape.kv_heads
+        base = attention_tiles() * heads, max(ROW_TILE * group, 2)
+        columns = -(-shape.head_dim // COLUMN_BLOCK) * COLUMN_BLOCK
+        for depth, width in ((shape.head_dim, PAGE_SIZE), (PAGE_SIZE, columns)):
+            bases[ATTENTION_GROUP * heads, ATTENTION_TILE * group, depth, width] = base
+    return bases
 
 
 def _in_blocks(dot: Dot) -> bool:
@@ -273,13 +291,16 @@ class Report:
         return Group(table, *(Text(f"{name}: {finding}") for name, finding in self.findings), verdict)
 
 
-def lint(programs: Mapping[str, Compiled | str], backend: str, *, at_least: int = AT_LEAST) -> Report:
+def lint(
+    programs: Mapping[str, Compiled | str], backend: str, *, at_least: int = AT_LEAST, tiles: Tiles = BASE
+) -> Report:
     """Checks one function's programs, one for each bucket.
 
     Args:
         programs: by name; compiled, or the text of their HLO.
         backend: "xla", whose kernels are XLA's own dots and moves, or that of kernels beside which XLA may have none.
         at_least: as for `copies`.
+        tiles: those that the programs may use beside the xla backend's base tiles.
 
     Raises:
         ValueError: a text is no HLO module.
@@ -293,7 +314,7 @@ def lint(programs: Mapping[str, Compiled | str], backend: str, *, at_least: int 
             order = (f for f in order if not _is_dot(f.op))
             moves = (f for f in moves if not XLA_KERNEL.match(f.op.source))
         findings += [(name, finding) for finding in (*order, *moves, *place)]
-    return Report(read, [*findings, *(misshapen(read) if backend == "xla" else ())])
+    return Report(read, [*findings, *(misshapen(read, tiles) if backend == "xla" else ())])
 
 
 def lint_step(step: Step) -> Report:
@@ -304,7 +325,8 @@ def lint_step(step: Step) -> Report:
     report = Report({}, [])
     for function, programs in functions.items():
         # The raw logits stay, beside the adjusted ones, for the logprobs: a copy is what is asked for.
-        found = lint(programs, step.backend, at_least=sys.maxsize if function == "adjust" else AT_LEAST)
+        at_least = sys.maxsize if function == "adjust" else AT_LEAST
+        found = lint(programs, step.backend, at_least=at_least, tiles=step.tiles)
         report.programs |= found.programs
         report.findings += found.findings
     return report
