@@ -16,12 +16,16 @@ TESTED = {("cpu", "xla"), ("gpu", "mosaic_gpu")}
 """Platforms and backends that the project itself holds to the contract; on others it is this machine's own word."""
 
 
-def keep(model: str, backend: str, dtype: str, *, compared: int, differing: int) -> None:
-    """Notes what a verification compared and found; a cache that can't be written keeps nothing."""
+def keep(model: str, backend: str, dtype: str, *, compared: int, differing: int, tiles: str = "") -> None:
+    """Notes what a verification compared and found; a cache that can't be written keeps nothing.
+
+    Args:
+        tiles: what ran in larger tiles than the xla backend's base ones, as proven here.
+    """
     path = _path(model, backend, dtype)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        note = {"model": model, "compared": compared, "differing": differing}
+        note = {"model": model, "compared": compared, "differing": differing, "larger_tiles": tiles}
         write_whole(path, json.dumps(note) + "\n")
     except OSError:
         return

@@ -1,5 +1,7 @@
 """What a verification found is remembered, said at the next start, and no fingerprint claims otherwise."""
 
+import json
+
 import pytest
 
 from jaxdet import LLM, certificates
@@ -34,6 +36,12 @@ def test_a_device_that_nobody_tested_asks_for_a_verification(caplog, monkeypatch
     assert "jaxdet verify model --dtype float16" in said(caplog, "model", "xla", "float16")
     certificates.keep("model", "xla", "float16", compared=10, differing=0)
     assert said(caplog, "model", "xla", "float16") == ""
+
+
+def test_the_note_says_what_ran_in_larger_tiles(cache):
+    certificates.keep("model", "xla", "float32", compared=10, differing=0, tiles="64 × 64 in 512 rows")
+    (path,) = cache.rglob("*.json")
+    assert json.loads(path.read_text())["larger_tiles"] == "64 × 64 in 512 rows"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"differing": null}', "\x00"])

@@ -19,6 +19,7 @@ from jaxdet.verify.probe import LONG, MODEL_LEN, NEIGHBOURS, Probe
 from jaxdet.verify.several_steps import STEPS, WORK, several_steps_case
 from pallas_kernels.matmul import xla as matmul
 from pallas_kernels.numerics import PAGE_SIZE
+from pallas_kernels.proven import BASE
 
 WIDE = {"hidden_size": 576, "head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3}
 
@@ -29,7 +30,10 @@ def rendered(report) -> str:
     return console.export_text()
 
 
-def test_certifies(tmp_path):
+def test_certifies(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(certificates, "keep", lambda *which, **found: kept.append(found["tiles"]))
+    monkeypatch.setattr("jaxdet.verify.described", lambda tiles: "512 rows" if tiles == BASE else "")
     report = verify(write_tiny_model(tmp_path / "tiny"), progress=False)
     assert report.ok, rendered(report)
     assert {c.promise for c in report.cases} == {"I1", "I2", "I3", "I4"}
@@ -40,6 +44,8 @@ def test_certifies(tmp_path):
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["ok"] and saved["digest"] == report.digest
     assert saved["environment"]["versions"]["jaxlib"]
+    assert saved["environment"]["larger_tiles"] == "512 rows" and "larger_tiles: 512 rows" in rendered(report)
+    assert kept == ["512 rows"]
     assert list(tmp_path.glob("*.part")) == []
 
 

@@ -7,6 +7,7 @@ from tqdm import tqdm
 from jaxdet import certificates
 from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import open_checkpoint
+from jaxdet.engine.larger_tiles import described
 from jaxdet.llm import LLM
 from jaxdet.verify.cases import SEGMENTS, long_case, request_cases, restart_case, step_cases
 from jaxdet.verify.control import control_cases
@@ -60,7 +61,8 @@ def verify(
         plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)
         control = list(run(control_cases(plain, probe.tokens)))
     cases.sort(key=lambda case: case.promise)
-    used = llm.engine.step_fn.backend
+    used, tiles = llm.engine.step_fn.backend, described(llm.engine.step_fn.tiles)
     compared, differing = (sum(getattr(case, name) for case in cases) for name in ("compared", "differing"))
-    certificates.keep(llm.name, used, llm.dtype, compared=compared, differing=differing)
-    return Report(llm.name, digest, cases, control, environment(used, llm.dtype))
+    certificates.keep(llm.name, used, llm.dtype, compared=compared, differing=differing, tiles=tiles)
+    facts = environment(used, llm.dtype) | {"larger_tiles": tiles}
+    return Report(llm.name, digest, cases, control, facts)
