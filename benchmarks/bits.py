@@ -18,12 +18,14 @@ import numpy as np
 from flax import nnx
 from tune_matmul import unlike
 
+from jaxdet.engine.buckets import Bucket
+from jaxdet.engine.larger_tiles import described, prove, trials
 from jaxdet.engine.step import Step
 from jaxdet.rl import GradientSums, accumulate, pack
 from jaxdet.rl.logprobs import HEAD_ROWS
 from jaxdet.testing import COMMON, FAMILIES, QWEN3_8B, random_model
 from jaxdet.verify.cases import step_cases
-from jaxdet.verify.probe import MODEL_LEN, Probe
+from jaxdet.verify.probe import BUCKETS, MODEL_LEN, Probe
 from pallas_kernels.attention import mosaic_gpu_sm90 as attention
 from pallas_kernels.attention.segments_sm90 import SEGMENT
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
@@ -371,13 +373,29 @@ def xla_step(dtype: str):
         backend="xla",
         max_model_len=MODEL_LEN,
     )
-    probe = Probe(Step(model))
+    tiles = prove(model, BUCKETS.all())
+    probe = Probe(Step(model, tiles))
     cases = [
         {"case": case.name, "compared": case.compared, "differ": case.differing} for case in step_cases(probe)
     ]
     tally = Tally()
     tally.compared, tally.differ = (sum(case[key] for case in cases) for key in ("compared", "differ"))
-    return tally.row(op="xla, two layers of Qwen3-8B's shape", dtype=dtype, cases=cases)
+    name = {"dtype": dtype, "tiles": described(tiles)}
+    return tally.row(op="xla, two layers of Qwen3-8B's shape", **name, cases=cases)
+
+
+def xla_tiles(dtype: str):
+    """Larger tiles of the xla backend against its base ones, in every shape of Qwen3-8B's; a step has up to 8192 rows
+    and 512 rows of logits."""
+    config = QWEN3_8B | {"num_hidden_layers": 1}
+    model = random_model(config, dtype=jnp.dtype(dtype), backend="xla", max_model_len=MODEL_LEN)
+    tally, found = Tally(), {}
+    for trial in trials(model, [Bucket(512, 0, 0), Bucket(0, 8192, 1)]):
+        for tiles, (compared, differ) in zip(trial.candidates, trial.differing(), strict=True):
+            found[described(tiles)] = differ
+            tally.compared += compared
+            tally.differ += differ
+    return tally.row(op="xla, larger tiles in Qwen3-8B's shapes", differ_of=found)
 
 
 def whole_step():
@@ -408,7 +426,11 @@ def whole_step():
 
 
 SECTIONS = {
-    "xla": [functools.partial(xla_step, dtype) for dtype in ("bfloat16", "float16", "float32")],
+    "xla": [
+        functools.partial(job, dtype)
+        for job in (xla_tiles, xla_step)
+        for dtype in ("bfloat16", "float16", "float32")
+    ],
     "rope": [
         functools.partial(rope, *shape)
         for shape in (

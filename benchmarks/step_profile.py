@@ -2,7 +2,8 @@
 
     python benchmarks/step_profile.py [KIND,SEQUENCES,KEYS ...] [--layers 36] [--backend mosaic_gpu]
 
-A model of Qwen3-8B's shape with random weights: decode steps of several batches and one prefill, without sampling.
+A model of Qwen3-8B's shape with random weights: decode steps of several batches and one prefill, without sampling;
+with --backend xla in the larger tiles that the device proves first.
 Per kernel: launches and microseconds a step (CUPTI), and how much of its own limit it reaches: the bytes that it must
 move at the rate at which a large array is read, or its operations at that of a large matrix product, measured first.
 Under each table the sum of the kernels, the host's time a step in a row of steps, and the gaps between them.
@@ -19,10 +20,13 @@ import numpy as np
 from flax import nnx
 from kernels import ceilings, cupti_times, normal
 
+from jaxdet.engine.buckets import Bucket
+from jaxdet.engine.larger_tiles import described, prove
 from jaxdet.models.layers import Batch
 from jaxdet.testing import QWEN3_8B, random_model
 from pallas_kernels.backend import compiler_options
 from pallas_kernels.numerics import PAGE_SIZE
+from pallas_kernels.proven import with_tiles
 
 HIDDEN, VOCAB, DIM = QWEN3_8B["hidden_size"], QWEN3_8B["vocab_size"], QWEN3_8B["head_dim"]
 HEADS, KV_HEADS = QWEN3_8B["num_attention_heads"], QWEN3_8B["num_key_value_heads"]
@@ -92,6 +96,14 @@ def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
         backend=backend,
         max_model_len=16384,
     )
+    begin = time.time()
+    tiles = prove(
+        model, [Bucket(n, 0, 0) if kind == "decode" else Bucket(0, n * keys, n) for kind, n, keys in steps]
+    )
+    if backend == "xla":
+        print(
+            f"larger tiles, proven in {time.time() - begin:.1f} s: {described(tiles) or 'none'}", flush=True
+        )
     graph, state = nnx.split(model)
 
     def step(state, cache, batch):
@@ -104,7 +116,9 @@ def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
         shape = pages, KV_HEADS, PAGE_SIZE, DIM
         cache = [tuple(normal(i, *shape) for i in (1, 2)) for _ in range(layers)]
         begin, batch = time.time(), jax.device_put(batch)
-        jitted = jax.jit(step, donate_argnums=1, compiler_options=compiler_options(backend))
+        jitted = jax.jit(
+            with_tiles(tiles, step), donate_argnums=1, compiler_options=compiler_options(backend)
+        )
         compiled = jitted.lower(state, cache, batch).compile()
         built = time.time() - begin
 
