@@ -265,11 +265,15 @@ def draw(vocab: int, count: int):
     logits = logits.at[::3].set(jnp.round(logits[::3] * 4) / 4)  # many ties
     rows, tally = sampling_rows(count), Tally()
 
-    tokens_of, peak_of = jax.jit(sample.sample), jax.jit(functools.partial(jnp.max, axis=1))
-    edges_of = jax.jit(sample.edges)
+    tokens_of = jax.jit(sample.sample)
+
+    @jax.jit
+    def edges_of(logits, rows):
+        peak, _, groups = sample.peaks(logits)
+        return sample.edges(logits, peak, groups, rows)
 
     def run(logits, rows):
-        return jax.tree.map(np.asarray, (tokens_of(logits, rows), edges_of(logits, peak_of(logits), rows)))
+        return jax.tree.map(np.asarray, (tokens_of(logits, rows), edges_of(logits, rows)))
 
     (tokens, usable), edges = run(logits, rows)
     for index in ([0], [count - 1], [5], [3], [40]):

@@ -75,6 +75,12 @@ DECODES = (  # (sequences, keys)
     (1, 32768),
     (8, 8192),
 )
+DRAWS = {  # (temperature, top-k, top-p)
+    "top-p": (0.8, 0, 0.9),
+    "top-k 20, top-p 0.95": (0.8, 20, 0.95),
+    "all of it": (0.8, 0, 1.0),
+    "greedy": (0.0, 50, 0.9),
+}
 L2_BYTES = 60e6
 HEADS, KV_HEADS, DIM, VOCAB = 32, 8, 128, 151936
 
@@ -363,12 +369,9 @@ def draws():
     for batch in (1, 64, 256):
         logits = normal(0, batch, VOCAB, scale=3.0, dtype=jnp.float32)
         reading = gpu_us(jax.jit(lambda x: jnp.max(x, axis=1)), [(logits,)], 5)
-        for kind in ("top-p", "all of it", "greedy"):
-            over = {"temperature": jnp.full(batch, 0.0 if kind == "greedy" else 0.8)}
-            over |= {"top_k": jnp.full(batch, 0 if kind == "all of it" else 50, jnp.int32)}
-            over |= {"top_p": jnp.full(batch, 1.0 if kind == "all of it" else 0.9), "min_p": jnp.zeros(batch)}
-            if kind == "top-p":
-                over["top_k"] = jnp.zeros(batch, jnp.int32)
+        for kind, (temperature, top_k, top_p) in DRAWS.items():
+            over = {"temperature": jnp.full(batch, temperature), "top_k": jnp.full(batch, top_k, jnp.int32)}
+            over |= {"top_p": jnp.full(batch, top_p), "min_p": jnp.zeros(batch)}
             arguments = logits, sampling_rows(batch, **over)
             row = {"op": "sample", "batch": batch, "kind": kind, "reading us": reading}
             row |= {"us": gpu_us(ours, [arguments], 5), "wall us": wall_us(ours, arguments, 10)}

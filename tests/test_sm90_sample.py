@@ -16,7 +16,7 @@ from pallas_kernels.sample import mosaic_gpu_sm90 as kernel
 from pallas_kernels.sample import rounds_sm90 as rounds
 from pallas_kernels.sample import top_k_sm90 as top_k
 from pallas_kernels.sample import xla
-from pallas_kernels.sample.chunks_sm90 import CHUNK
+from pallas_kernels.sample.chunks_sm90 import CHUNK, PIECE, aligned
 from pallas_kernels.sample.logprobs_sm90 import log_sum_exp
 from pallas_kernels.sample.op import SamplingRows, token_logprobs
 
@@ -107,18 +107,77 @@ def test_a_token_does_not_depend_on_how_many_rounds_are_launches(monkeypatch):
     assert [a == b for a, b in zip(first, want, strict=True)] == [n == 1 for n in needed], "rejection matters"
 
 
+@jax.jit
+def _edges(logits, scale, floor, wanted):
+    logits = aligned(logits)
+    return top_k.edge(logits, kernel.peaks(logits)[2], scale, floor, wanted)
+
+
+def _edge_by_sorting(x, floor, wanted) -> tuple[float, int]:
+    values = np.sort(x[x >= floor])[::-1]
+    if not 0 < wanted <= len(values):
+        return -np.inf, xla.INT32_MAX if wanted > 0 else -1
+    edge = values[wanted - 1]
+    left, tied = wanted - (x > edge).sum(), np.flatnonzero(x == edge)
+    return edge, xla.INT32_MAX if left >= len(tied) else tied[left - 1]
+
+
+def _hostile_rows(vocab: int) -> list[np.ndarray]:
+    """The last two are unusable."""
+    rng = np.random.default_rng(7)
+    plain = rng.normal(size=vocab) * 3
+    few, tied, one, nan, inf = np.full(vocab, -np.inf), *(plain.copy() for _ in range(4))
+    few[rng.choice(vocab, 5, replace=False)] = 1, 2, 2, 3, -4
+    tied[[0, PIECE - 1, PIECE, 2 * PIECE, vocab - PIECE - 1, vocab - PIECE, vocab - 1]] = 20
+    one[PIECE + 9 : 2 * PIECE - 9] += 50  # more of them than are usually wanted, in one group
+    nan[7], inf[7] = np.nan, np.inf
+    several = [
+        *(plain, np.round(plain), np.full(vocab, 1.5), few, tied, one, np.sort(plain), np.sort(plain)[::-1]),
+        *(np.where(rng.random(vocab) < 0.5, each, plain) for each in (-np.inf, 9.0)),
+        *(rng.choice([0.0, -0.0], vocab), np.full(vocab, -np.inf), plain * 1e37, nan, inf),
+    ]
+    return [x.astype(np.float32) for x in several]
+
+
 @pytest.mark.interpret
-def test_top_k_keeps_the_first_of_those_tied_at_its_edge():
-    logits = jnp.round(jax.random.normal(jax.random.key(5), (6, VOCAB)))
-    logits = logits.at[2].set(0).at[3, 7:].set(-jnp.inf)
-    wanted = jnp.array([1, 3000, CHUNK + 20, 20, 0, -1])
+@pytest.mark.parametrize(("vocab", "count"), [(VOCAB, 45), pytest.param(151936, 15, marks=pytest.mark.slow)])
+def test_the_edge_of_top_k_is_that_of_sorting(vocab, count):
+    kinds, groups = _hostile_rows(vocab), -(-vocab // PIECE)
+    several = groups + 1, 20, 1000, vocab, 2, vocab + 1, 1, groups, 0, 30, 10**9, 300, -1
+    wanted = np.resize(several, count).astype(np.int32)
+    logits = np.stack([kinds[i % len(kinds)] for i in range(count)])
+    scale = np.resize(np.float32([1, 1 / 0.7]), count)
+    x = logits * scale[:, None]
+    floor = np.full(count, np.finfo(np.float32).min)
+    floor[3::4] = np.maximum(floor, x.max(axis=1) - 2)[3::4]
+    few = np.arange(count)[::-7]
     with gpu_interpreter():
-        found = jax.jit(top_k.edge)(logits, jnp.ones(6), jnp.full(6, -100.0), wanted)
-    edge, cut = (x[:, None] for x in found)
-    kept = (logits > edge) | ((logits == edge) & (logits > -jnp.inf) & (jnp.arange(VOCAB) <= cut))
-    for x, k, row in zip(np.asarray(logits), wanted.tolist(), kept, strict=True):
-        order = np.lexsort((np.arange(VOCAB), -x))[: k if k > 0 else VOCAB]
-        assert sorted(order[x[order] > -np.inf]) == np.flatnonzero(row).tolist()
+        found = jax.tree.map(np.asarray, _edges(logits, scale, floor, wanted))
+        again = _edges(*(x[few] for x in (logits, scale, floor, wanted)))
+    usable = [i for i in range(count) if i % len(kinds) < len(kinds) - 2]
+    for i in usable:
+        assert (found[0][i], found[1][i]) == _edge_by_sorting(x[i], floor[i], wanted[i]), (i, wanted[i])
+    for got, want in zip(again, found, strict=True):
+        np.testing.assert_array_equal(got, want[few])
+    assert np.isfinite(found[0][usable]).sum() > len(usable) / 3, "not only rows without an edge"
+    assert (found[1][usable] < xla.INT32_MAX).sum() > len(usable) / 4, "ties are cut"
+
+
+@pytest.mark.interpret
+def test_tokens_of_top_k_are_their_rows_own():
+    logits, rows = _logits(), _rows(ROWS)
+    rows = dataclasses.replace(rows, temperature=jnp.ones(ROWS), top_p=jnp.ones(ROWS), min_p=jnp.zeros(ROWS))
+    rows = dataclasses.replace(rows, top_k=jnp.array([20, 1000, 3, 200]))
+    index = jnp.arange(ROWS)[::-1]
+    beside = _take(rows, jnp.concatenate([jnp.arange(ROWS), index]))
+    with gpu_interpreter():
+        tokens = jax.jit(kernel.sample)(logits, rows)[0]
+        others, usable = jax.jit(kernel.sample)(_in_company(logits[index]), beside)
+    np.testing.assert_array_equal(others[ROWS:], tokens[index])
+    assert usable.tolist() == [False] * 3 + [True] * (1 + ROWS)
+    np.testing.assert_array_equal(jax.jit(xla.sample)(logits, rows)[0], tokens)
+    looser = dataclasses.replace(rows, top_k=jnp.zeros(ROWS, jnp.int32))
+    assert (jax.jit(xla.sample)(logits, looser)[0] != tokens).any(), "the edge matters"
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -126,7 +185,13 @@ def test_sampling_lowers_for_cuda(x64):
     """`jax_enable_x64` is the user's."""
     logits, rows = jax.ShapeDtypeStruct((3, 151936), jnp.float32), _rows(3)
     with jax.enable_x64(x64):
-        jax.jit(lambda *a: kernel.sample(*a)).trace(logits, rows).lower(lowering_platforms=("cuda",))
+        lowered = (
+            jax.jit(lambda *a: kernel.sample(*a)).trace(logits, rows).lower(lowering_platforms=("cuda",))
+        )
+    program = lowered.as_text()
+    assert "stablehlo.while" not in program, "a loop of launches copies its state"
+    launches = 2 + 2 * (1 + rounds.REDRAWS) + 1  # peak and edge; rounds; finish
+    assert len(re.findall(r"custom_call @mosaic_gpu\w*", program)) == launches
 
 
 IDS = jnp.array([0, VOCAB - 1, CHUNK, 4000], jnp.int32)

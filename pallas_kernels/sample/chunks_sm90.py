@@ -11,6 +11,8 @@ from pallas_kernels.sample.xla import INT32_MAX
 PIECE = 512
 LOADS = 4
 CHUNK = 4 * LOADS * PIECE
+GROUPS = CHUNK // PIECE
+"""Of a chunk."""
 VECTOR = plgpu.Layout.WG_STRIDED((PIECE,), vec_size=4)
 LOG2_E = math.log2(math.e)
 
@@ -27,11 +29,22 @@ def chunks_of(vocab: int) -> int:
     return -(-vocab // CHUNK)
 
 
+def groups_of(vocab: int) -> int:
+    """How many groups of PIECE ids a row has."""
+    return -(-vocab // PIECE)
+
+
 def load_piece(x_g, row, wanted):
     """(where the piece begins, its values, their ids); earlier than `wanted` if it would go past the row's end."""
     start = jnp.minimum(wanted, x_g.shape[1] - PIECE)
     x = plgpu.load(x_g.at[row, pl.ds(start, PIECE)], layout=VECTOR)
     return start, x, plgpu.broadcasted_iota(jnp.int32, (PIECE,), 0, layout=VECTOR) + start
+
+
+def piece(x_g, row, wanted):
+    """(the values from `wanted` on, their ids); −inf before it and past the row's end."""
+    _, x, ids = load_piece(x_g, row, wanted)
+    return jnp.where(ids >= wanted, x, -jnp.inf), ids
 
 
 def vector(value):
@@ -49,12 +62,7 @@ def sweep(x_g, row, chunk, visit, state):
 
     def several(i, state):
         begin = chunk * CHUNK + i * (LOADS * PIECE)
-        pieces = []
-        for j in range(LOADS):
-            wanted = begin + j * PIECE
-            _, x, ids = load_piece(x_g, row, wanted)
-            pieces.append((jnp.where(ids >= wanted, x, -jnp.inf), ids))
-        return visit(pieces, state)
+        return visit([piece(x_g, row, begin + j * PIECE) for j in range(LOADS)], state)
 
     left = jnp.minimum(vocab - chunk * CHUNK, CHUNK)
     return lax.fori_loop(0, pl.cdiv(left, jnp.int32(LOADS * PIECE)), several, state)

@@ -15,6 +15,12 @@ def from_key(key):
     return lax.bitcast_convert_type(jnp.where(key < 0, key ^ jnp.int32(INT32_MAX), key), jnp.float32)
 
 
+def to_key(x):
+    """The int32 that `from_key` makes `x` of."""
+    key = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(key < 0, key ^ jnp.int32(INT32_MAX), key)
+
+
 def noise_keys(rows: SamplingRows):
     """Of every row the two int32 [S] that its noise grows from."""
     keys = threefry2x32(

@@ -21,7 +21,7 @@ from pallas_kernels.sample.chunks_sm90 import (
     chunks_of,
     full,
     launch,
-    load_piece,
+    piece,
     vector,
 )
 from pallas_kernels.sample.xla import normalised
@@ -51,9 +51,7 @@ def _kernel(shape, _interpreting):
         row, chunk = lax.axis_index("row"), lax.axis_index("chunk")
         pieces, largest = [], full(-jnp.inf)
         for j in range(CHUNK // PIECE):  # all in registers: the sum needs them after the largest is known
-            wanted = chunk * CHUNK + j * PIECE
-            _, x, ids = load_piece(x_g, row, wanted)
-            pieces.append(jnp.where(ids >= wanted, x, -jnp.inf))
+            pieces.append(piece(x_g, row, chunk * CHUNK + j * PIECE)[0])
         for x in pieces:
             largest = jnp.maximum(largest, x)  # a NaN stays
         peak = jnp.max(largest)
