@@ -159,6 +159,8 @@ def test_what_no_step_fills_is_not_tried(monkeypatch):
     assert tried(model, Bucket(9, 0, 0)) == {f"{s} float32 in 16 rows" for s in (*layer, "64 × 259")}
     # Every row of a prompt goes through the layers and one through the head.
     assert tried(model, Bucket(0, 256, 4)) == {f"{shape} float32 in 16, 32, 64 rows" for shape in layer}
+    square = "64 × 64 float32 in 16, 32, 64 rows"  # a head of the shape of a layer's matrix
+    assert square in tried(model_of(num_hidden_layers=1, vocab_size=64), Bucket(0, 256, 4))
     attentions = {shape for shape in tried(sliding, Bucket(0, 256, 2)) if "attention" in shape}
     heads = "4 / 1 heads × 32 float32"
     assert attentions == {f"attention ({heads}{w}) in 128 queries" for w in ("", ", window 70")}

@@ -110,8 +110,8 @@ def trials(model: DecoderLM, buckets: list[Bucket]) -> list[Trial]:
     if model.backend != "xla" or not larger_row_tiles(dtype):
         return []
     tokens, logits = max(b.rows + b.tokens for b in buckets), max(b.sampled for b in buckets)
-    matrices = [x.shape for x in jax.tree.leaves(nnx.state(model, nnx.Param)) if x.ndim == 2]
-    most = dict.fromkeys(matrices, tokens) | {model.head[...].shape: logits}
+    layers = [x.shape for x in jax.tree.leaves(nnx.state(model.layers, nnx.Param)) if x.ndim == 2]
+    most = {model.head[...].shape: logits} | dict.fromkeys(layers, tokens)
     found = []
     for (k, n), rows in most.items():
         filled = rows + -rows % row_tile(dtype)
