@@ -35,8 +35,11 @@ from pallas_kernels.rope_cache import mosaic_gpu_sm90 as rope_cache
 from pallas_kernels.rope_cache import xla as rope_cache_xla
 from pallas_kernels.rope_cache.op import rope_table
 from pallas_kernels.sample import mosaic_gpu_sm90 as sample
+from pallas_kernels.sample import top_k_sm90
 from pallas_kernels.sample import xla as sample_xla
+from pallas_kernels.sample.chunks_sm90 import aligned
 from pallas_kernels.sample.op import SamplingRows, token_logprobs
+from pallas_kernels.sample.xla import INT32_MAX
 
 HOSTILE = jnp.array([jnp.nan, jnp.inf, 1e30, -jnp.inf], jnp.bfloat16)
 
@@ -293,6 +296,47 @@ def draw(vocab: int, count: int):
     }
 
 
+def edge_of_top_k(vocab: int, count: int):
+    """Top-k's edge and the last id kept at it against sorting; the rows in reversed order beside NaN ones."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((count, vocab), np.float32) * 3
+    logits[1::6] = np.round(logits[1::6])
+    logits[2::6] = rng.choice(np.float32([0, -0.0, 1.5]), logits[2::6].shape)
+    logits[3::6, ::2] = -np.inf
+    logits[4::6] = np.sort(logits[4::6], axis=1)
+    logits[5::6, 600:1000] += 50
+    several = 1, 2, 20, 20, 50, 297, 298, 1000, vocab, vocab + 1, 0, 10**9
+    wanted = rng.choice(np.int32(several), count)
+    scale = rng.choice(np.float32([1, 1 / 0.7, 1 / 1.3]), count)
+    x = logits * scale[:, None]
+    floor = np.full(count, np.finfo(np.float32).min)
+    floor[2::5] = np.maximum(floor, x.max(axis=1) - 2)[2::5]
+
+    @jax.jit
+    def found(logits, *rest):
+        logits = aligned(logits)
+        return top_k_sm90.edge(logits, sample.peaks(logits)[2], *rest)
+
+    def sorted_edge(x, floor, wanted):
+        kept = -np.sort(-x[x >= floor])
+        if wanted < 1 or len(kept) < wanted:
+            return -np.inf, -1 if wanted < 1 else INT32_MAX
+        edge, tied = kept[wanted - 1], np.flatnonzero(x == kept[wanted - 1])
+        left = wanted - (x > edge).sum()
+        return edge, INT32_MAX if left >= len(tied) else tied[left - 1]
+
+    tally, mine = Tally(), [np.asarray(v) for v in found(logits, scale, floor, wanted)]
+    exact = [sorted_edge(*row) for row in zip(x, floor, wanted, strict=True)]
+    for got, want in zip(mine, zip(*exact, strict=True), strict=True):
+        tally(got + got.dtype.type(0), np.array(want, got.dtype) + got.dtype.type(0))  # −0 equals 0
+    beside = logits[::-1].copy()
+    beside[::2, 7] = np.nan
+    for got, want in zip(found(beside, scale[::-1], floor[::-1], wanted[::-1]), mine, strict=True):
+        tally(np.asarray(got)[1::2], want[::-1][1::2])
+    cut = int((mine[1] < INT32_MAX).sum())
+    return tally.row(op="edge of top-k", V=vocab, S=count) | {"rows with ties cut or none wanted": cut}
+
+
 def logprobs(vocab: int, count: int):
     """The op's results and its gradient by the logits; every seventh row has none."""
     logits, rng = jax.random.normal(jax.random.key(0), (count, vocab)) * 3, np.random.default_rng(0)
@@ -449,7 +493,7 @@ SECTIONS = {
             (256, 4, 1, True),
         )
     ],
-    "sample": [functools.partial(draw, 151936, 96)],
+    "sample": [functools.partial(draw, 151936, 96), functools.partial(edge_of_top_k, 151936, 256)],
     "logprobs": [
         functools.partial(logprobs, 151936, 300),
         functools.partial(logprobs, 8193, 300),
