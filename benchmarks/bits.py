@@ -439,7 +439,9 @@ def xla_tiles(dtype: str):
     model = random_model(config, dtype=jnp.dtype(dtype), backend="xla", max_model_len=MODEL_LEN)
     tally, found = Tally(), {}
     for trial in trials(model, [Bucket(512, 0, 0), Bucket(0, 8192, 1)]):
-        for tiles, (compared, differ) in zip(trial.candidates, trial.differing(), strict=True):
+        for tiles, (compared, differ) in zip(
+            trial.candidates, trial.differing(trial.compiled()), strict=True
+        ):
             found[described(tiles)] = differ
             tally.compared += compared
             tally.differ += differ

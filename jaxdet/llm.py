@@ -26,6 +26,7 @@ from jaxdet.models.registry import build_model, family_of
 from jaxdet.outputs import RequestOutput, ScoreOutput
 from jaxdet.request import Request
 from jaxdet.sampling_params import SamplingParams
+from pallas_kernels.backend import default_dtype
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt_token_ids": [...]} / {"prompt": "..."}."""
@@ -41,8 +42,8 @@ class LLM:
 
     Args:
         model: a known name ("smollm2-135m"), a Hugging Face folder or id, a .gguf file, or an Orbax directory.
-        dtype: "float32", "bfloat16" or "float16" of weights and activations; "auto" is float32 on a CPU and bfloat16
-            elsewhere.
+        dtype: "float32", "bfloat16" or "float16" of weights and activations; "auto" is float32 on a CPU, float16 on
+            NVIDIA GPUs older than Ampere (a T4), and bfloat16 elsewhere.
         backend: which kernels; None takes the device's own.
         max_num_seqs: sequences running at once, 64 on a CPU and 256 elsewhere by default; more wait.
         max_num_batched_tokens: prompt tokens of one step, 512 on a CPU and 8192 elsewhere by default; longer prompts
@@ -98,7 +99,7 @@ class LLM:
         if max_num_batched_tokens is None:
             max_num_batched_tokens = 512 if on_cpu else 8192
         if dtype == "auto":
-            dtype = "float32" if on_cpu else "bfloat16"
+            dtype = default_dtype()
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} or auto")
         for name, value, smallest in (

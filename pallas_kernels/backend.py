@@ -79,6 +79,14 @@ def _unlike_mosaic_tpu(dtype: str, head_dim: int, num_q_heads: int, num_kv_heads
     return None
 
 
+def default_dtype() -> str:
+    """float32 on a CPU, elsewhere bfloat16, or float16 on an NVIDIA GPU without matrix units for bfloat16 (a T4)."""
+    if jax.default_backend() == "cpu":
+        return "float32"
+    capability = getattr(jax.devices()[0], "compute_capability", "").partition(".")[0]
+    return "float16" if capability.isdigit() and int(capability) < 8 else "bfloat16"
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     logging.getLogger(__name__).warning(message)

@@ -55,6 +55,10 @@ def with_tiles[F: Callable[..., Any]](tiles: Tiles, function: F) -> F:
         with _context(tiles):
             return function(*args, **kwargs)
 
+    named = function
+    while isinstance(named, functools.partial):
+        named = named.func
+    wrapped.__name__ = named.__name__  # programs are called by it
     return wrapped  # type: ignore[return-value]
 
 

@@ -3,6 +3,7 @@
 Here with small tiles, and as on a device whose dots are not free of the row count.
 """
 
+import concurrent.futures
 import functools
 import itertools
 import pickle
@@ -20,7 +21,7 @@ from jaxdet.engine.larger_tiles import Trial, described, prove, trials
 from jaxdet.engine.step import Step
 from jaxdet.sampling_params import SamplingParams
 from jaxdet.testing import COMMON, FAMILIES, random_model
-from jaxdet.verify.hlo import dots, lint_step
+from jaxdet.verify.hlo import dots, lint, lint_step
 from jaxdet.verify.hlo_module import Program
 from pallas_kernels import backend
 from pallas_kernels.attention import xla as attention
@@ -93,14 +94,16 @@ def test_prompts_that_fill_larger_tiles_go_in_them(sequences):
     assert set(shapes_of(call, q, pages, pages, table, starts, lens, tiles=windowed)) == {base}
 
 
-def exact(x, w, _dims):
+def exact(x, y, dims):
     """A dot of one order, whatever its rows."""
-    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    if dims[0][1][0] == y.ndim - 1:
+        y = jnp.swapaxes(y, -1, -2)
     return lax.fori_loop(
         0,
-        w.shape[0],
-        lambda i, total: total + pin(x[:, i, None] * w[i]),
-        jnp.zeros((x.shape[0], w.shape[1]), jnp.float32),
+        y.shape[-2],
+        lambda i, total: total + pin(x[..., i, None] * y[..., i, None, :]),
+        jnp.zeros((*x.shape[:-1], y.shape[-1]), jnp.float32),
     )
 
 
@@ -114,32 +117,45 @@ def nudged(dot, *at, above):
     return call
 
 
+def proven(trial):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return trial.proven(pool.submit(trial.compiled))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dot_that_changes_one_bit_is_not_proven(dtype, monkeypatch):
     trial = larger_tiles._dots(48, 64, dtype, list(SIZES))
     monkeypatch.setattr(matmul, "dot_f32", exact)
-    assert trial.proven() == list(trial.candidates)
+    assert proven(trial) == list(trial.candidates)
     monkeypatch.setattr(matmul, "dot_f32", nudged(exact, 0, 21, above=32))
-    assert trial.proven() == list(trial.candidates[:2])
+    assert proven(trial) == list(trial.candidates[:2])
     # One value a dot of 64 rows, of three; NaN where its row has one.
-    assert [n for _, n in trial.differing()[:2]] == [0, 0] and 0 < trial.differing()[2][1] <= 3
+    first, second, third = (n for _, n in trial.differing(trial.compiled()))
+    assert first == second == 0 < third <= 3
     monkeypatch.setattr(matmul, "dot_f32", nudged(exact, 0, 21, above=0))
-    assert trial.proven() == []  # the base tiles' own rows are unlike in other places
+    assert proven(trial) == []  # the base tiles' own rows are unlike in other places
 
 
 def test_an_attention_that_changes_one_bit_is_not_proven(monkeypatch):
     trial = larger_tiles._attention(HEADS)
-    if backend.isa() in backend.ROW_FREE_ISAS:
-        assert trial.proven() == list(trial.candidates)
-    monkeypatch.setattr(attention, "dot_f32", nudged(attention.dot_f32, 0, 0, 3, 5, above=64))
-    assert trial.proven() == []
+    monkeypatch.setattr(attention, "dot_f32", exact)
+    assert proven(trial) == list(trial.candidates)
+    monkeypatch.setattr(attention, "dot_f32", nudged(exact, 0, 0, 3, 5, above=64))
+    assert proven(trial) == []
+
+
+def test_the_users_search_for_nans_does_not_find_the_proofs_own():
+    trial = larger_tiles._dots(24, 40, "float32", [16])
+    with jax.debug_nans(True), jax.debug_infs(True):
+        assert isinstance(prove(model_of(num_hidden_layers=1), [Bucket(16, 0, 0)]), Tiles)
+        assert trial.differing(trial.compiled())[0][0] > 1000
 
 
 def test_what_cannot_run_is_not_proven(caplog):
     def fails(seed):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    assert Trial((as_tiles(24, 40, 16),), matmul.dot, fails).proven() == []
+    assert proven(Trial((as_tiles(24, 40, 16),), matmul.dot, fails)) == []
     assert "24 × 40 float32 in 16 rows: RESOURCE_EXHAUSTED" in caplog.text
 
 
@@ -197,13 +213,25 @@ def test_an_engine_with_larger_tiles_gives_the_same_bits_and_the_lint_knows_them
     for fewer in (tiles._replace(dots=tiles.dots[:-1]), tiles._replace(attention=())):
         engine.step_fn.tiles = fewer
         whys = [finding.why for _, finding in linted(engine)[0].findings]
-        assert (whys or fewer == tiles) and all("lacks" in why for why in whys)
+        assert whys or fewer == tiles
+        assert all("lacks" in why or "no tile was proven" in why for why in whys)
 
     monkeypatch.setattr(larger_tiles, "larger_row_tiles", lambda dtype: ())
     engine = make()
     assert engine.step_fn.tiles == BASE and answers(engine) == found
     report, rows = linted(engine)
     assert report.ok and rows == {ROW_TILE, 2 * ROW_TILE}  # two query heads a KV head
+
+
+def test_the_lint_allows_what_was_proven_for_this_dtype_alone():
+    shapes = jax.ShapeDtypeStruct((64, 24), jnp.float16), jax.ShapeDtypeStruct((24, 40), jnp.float16)
+    tiles = as_tiles(24, 40, 64, dtype="float16")
+    product = with_tiles(tiles, functools.partial(matmul.dot, n=40))
+    text = jax.jit(product).lower(*shapes).as_text("hlo", debug_info=True)
+    assert lint({"one": text, "other": text}, "xla", tiles=tiles).ok
+    for others in (BASE, as_tiles(24, 40, 64, dtype="bfloat16"), as_tiles(24, 48, 64, dtype="float16")):
+        findings = lint({"one": text, "other": text}, "xla", tiles=others).findings
+        assert ["no tile was proven" in finding.why for _, finding in findings] == [True, True]
 
 
 def test_tiles_are_part_of_what_is_lowered_elsewhere_and_kept():

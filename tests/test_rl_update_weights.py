@@ -1,5 +1,7 @@
 """New weights in a running LLM: the bits of a fresh one that was loaded with them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,9 +66,10 @@ def test_refusals(tmp_path):
     llm.abort(request)
     graph = jax.tree.structure(params)
     wrong = jax.tree.map(lambda x: x[:-1], params)
-    with pytest.raises(ValueError, match=r"^params: \['embedding'\].value is float32\[63, 259\] but must be"):
+    shape, cut = (re.escape(str(list(jax.tree.leaves(p["embedding"])[0].shape))) for p in (params, wrong))
+    with pytest.raises(ValueError, match=rf"^params: \['embedding'\].value is float32{cut} but must be"):
         llm.update_weights(wrong)
-    with pytest.raises(ValueError, match=r"is int32\[64, 259\] but must be floats"):
+    with pytest.raises(ValueError, match=rf"is int32{shape} but must be floats"):
         llm.update_weights(jax.tree.unflatten(graph, [x.astype(jnp.int32) for x in jax.tree.leaves(params)]))
     del params["embedding"]
     with pytest.raises(

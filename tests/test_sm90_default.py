@@ -49,6 +49,16 @@ def test_other_models_and_gpus_take_xla_and_say_why_once(gpu, capability, change
     assert [reason in record.getMessage() for record in log.records] == [True]
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [("7.5", "float16"), ("8.0", "bfloat16"), ("12.0", "bfloat16"), ("gfx942", "bfloat16")],
+)
+def test_half_precision_is_what_the_gpu_multiplies(gpu, capability, dtype):
+    assert backend.default_dtype() == "float32"
+    gpu(capability)
+    assert backend.default_dtype() == dtype
+
+
 def test_a_cpu_takes_xla_and_a_named_backend_is_kept():
     assert backend.resolve(None, **MODEL) == "xla"
     assert backend.resolve("mosaic_gpu") == "mosaic_gpu"

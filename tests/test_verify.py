@@ -15,7 +15,7 @@ from jaxdet.testing import write_tiny_model
 from jaxdet.verify import Case, verify
 from jaxdet.verify.cases import SEGMENTS, long_case
 from jaxdet.verify.control import NAMES
-from jaxdet.verify.probe import LONG, MODEL_LEN, NEIGHBOURS, Probe
+from jaxdet.verify.probe import LONG, MODEL_LEN, NEIGHBOURS, ROOM, Probe
 from jaxdet.verify.several_steps import STEPS, WORK, several_steps_case
 from pallas_kernels.matmul import xla as matmul
 from pallas_kernels.numerics import PAGE_SIZE
@@ -119,9 +119,10 @@ def test_a_fault_of_several_steps_alone_is_seen(one_layer, monkeypatch, fault):
 
 
 def test_a_sequence_longer_than_a_segment_is_compared(one_layer, monkeypatch):
-    assert list(long_case(one_layer)) == []  # this backend's segments end within the reference
+    assert list(long_case(one_layer, MODEL_LEN)) == []  # this backend's segments end within the reference
     monkeypatch.setitem(SEGMENTS, one_layer.backend, 1024)
-    (case,) = long_case(one_layer)
+    assert list(long_case(one_layer, ROOM)) == []  # nor does such a model have two
+    (case,) = long_case(one_layer, MODEL_LEN)
     decoded = LONG - 1024 + 32
     assert (case.compared, case.differing) == ((2 * LONG + decoded) * one_layer.config.vocab_size, 0)
 
@@ -133,7 +134,7 @@ def test_a_sequence_longer_than_a_segment_is_compared(one_layer, monkeypatch):
         return run(probe, cache, rows)
 
     monkeypatch.setattr(Probe, "run", another_decode)
-    (case,) = long_case(one_layer)
+    (case,) = long_case(one_layer, MODEL_LEN)
     assert 0 < case.differing <= decoded * one_layer.config.vocab_size
 
 
@@ -154,7 +155,7 @@ def test_nothing_compared_is_no_success(tmp_path):
 
 
 def test_model_must_hold_the_reference(tmp_path):
-    with pytest.raises(ValueError, match=f"max_model_len={MODEL_LEN}"):
+    with pytest.raises(ValueError, match="max_model_len=512"):
         verify(write_tiny_model(tmp_path / "tiny", max_position_embeddings=128), progress=False)
 
 

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import typer
 from rich.console import Console
@@ -17,7 +16,7 @@ from jaxdet.checkpoints import open_checkpoint, save_checkpoint
 from jaxdet.cli.options import Json
 from jaxdet.models.registry import backend_of, family_of
 from jaxdet.verify.report import environment
-from pallas_kernels.backend import resolve
+from pallas_kernels.backend import default_dtype, resolve
 
 
 class Format(enum.StrEnum):
@@ -45,7 +44,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """What this machine and a model are."""
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = default_dtype()
     facts: dict[str, Any] = {}
     backend = resolve(None)
     if model is not None:

@@ -45,25 +45,42 @@ class Trial(NamedTuple):
     draw: Callable[[int], tuple[tuple, tuple, jax.Array]]
     """By seed: arguments; the same with rows in other places; the row that each of these was."""
 
-    def differing(self) -> list[tuple[int, int]]:
-        """Per candidate, values compared with base tiles', and values of which any bit differs."""
+    def compiled(self) -> list[jax.stages.Compiled]:
+        """What runs in base tiles, then per candidate what counts the values of which any bit is unlike that."""
         jit = functools.partial(jax.jit, compiler_options=compiler_options("xla"))
-        base = jit(with_tiles(BASE, self.function))
+        arguments, moved, origin = jax.eval_shape(lambda: self.draw(0))
+        base = jit(with_tiles(BASE, self.function)).lower(*arguments)
         larger = [
-            jit(functools.partial(_unlike, with_tiles(tiles, self.function))) for tiles in self.candidates
+            jit(functools.partial(_unlike, with_tiles(tiles, self.function))).lower(
+                base.out_info, origin, *moved
+            )
+            for tiles in self.candidates
         ]
-        compared, differ = 0, [0] * len(larger)
-        for seed in SEEDS:
-            arguments, moved, origin = self.draw(seed)
-            expected = base(*arguments)
-            compared += expected.size
-            differ = [n + int(f(expected, origin, *moved)) for n, f in zip(differ, larger, strict=True)]
-        return [(compared, n) for n in differ]
+        return [lowered.compile() for lowered in (base, *larger)]
 
-    def proven(self) -> list[Tiles]:
+    def differing(self, programs: list[jax.stages.Compiled]) -> list[tuple[int, int]]:
+        """Per candidate, values compared with base tiles', and values of which any bit differs.
+
+        Args:
+            programs: as `compiled` gives them.
+        """
+        compared, differ = 0, np.zeros(len(self.candidates), int)
+        # NaNs are meant to be there, also where the user has JAX look for them.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            for seed in SEEDS:
+                size, found = self._differing(programs, seed)
+                compared, differ = compared + size, differ + found
+        return [(compared, n) for n in differ.tolist()]
+
+    def _differing(self, programs: list[jax.stages.Compiled], seed: int) -> tuple[int, list[int]]:
+        (base, *larger), (arguments, moved, origin) = programs, self.draw(seed)
+        expected = base(*arguments)
+        return expected.size, [int(program(expected, origin, *moved)) for program in larger]
+
+    def proven(self, compiling: concurrent.futures.Future[list[jax.stages.Compiled]]) -> list[Tiles]:
         """The candidates that keep every bit."""
         try:
-            found = self.differing()
+            found = self.differing(compiling.result())
         except jax.errors.JaxRuntimeError as error:  # out of memory, say: base tiles need less
             why = str(error).partition("\n")[0]
             log.warning("larger tiles are not used: %s: %s", described(*self.candidates), why)
@@ -81,7 +98,12 @@ def prove(model: DecoderLM, buckets: Iterable[Bucket]) -> Tiles:
     if not tried:
         return BASE
     with concurrent.futures.ThreadPoolExecutor(len(tried)) as pool:  # compiling takes longest
-        found = [tiles for proven in pool.map(Trial.proven, tried) for tiles in proven]
+        compiling = [pool.submit(trial.compiled) for trial in tried]
+        try:  # one after the other, so that the memory holds one shape's matrices at a time
+            found = [tiles for pair in zip(tried, compiling, strict=True) for tiles in Trial.proven(*pair)]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     device, count = jax.devices()[0].device_kind, sum(len(trial.candidates) for trial in tried)
     log.info(
         "%d of %d larger tiles keep the bits on this %s: %s", len(found), count, device, described(*found)

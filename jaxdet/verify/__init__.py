@@ -9,9 +9,10 @@ from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import open_checkpoint
 from jaxdet.engine.larger_tiles import described
 from jaxdet.llm import LLM
+from jaxdet.models.registry import family_of
 from jaxdet.verify.cases import SEGMENTS, long_case, request_cases, restart_case, step_cases
 from jaxdet.verify.control import control_cases
-from jaxdet.verify.probe import MODEL_LEN, POOL, Probe
+from jaxdet.verify.probe import MODEL_LEN, POOL, ROOM, Probe
 from jaxdet.verify.report import Case, Report, environment
 from jaxdet.verify.restart import reference_digest
 from jaxdet.verify.several_steps import several_steps_case
@@ -27,18 +28,20 @@ def verify(
     What it found is kept: an engine with this model, backend and dtype says at its start if values differed here.
 
     Args:
-        model: as for `LLM`; its context must hold 1152 tokens.
+        model: as for `LLM`; its context must hold 512 tokens.
         dtype, backend: as for `LLM`.
         progress: show a progress bar.
 
     Raises:
         ValueError, FileNotFoundError: the model can't be loaded, see `LLM`.
     """
+    checkpoint = open_checkpoint(model, check_config=family_of)
+    limit = family_of(checkpoint.config).read_config(checkpoint.config).max_position
     llm = LLM(
         model,
         dtype=dtype,
         backend=backend,
-        max_model_len=MODEL_LEN,
+        max_model_len=max(ROOM, min(MODEL_LEN, limit)),
         num_pages=POOL,
         compile_at_start=False,  # few of its programs run
         keep_logits=True,
@@ -55,10 +58,14 @@ def verify(
                 yield case
 
         digest = reference_digest(probe)
-        cases = [*run(step_cases(probe)), *run(long_case(probe.step)), *run([several_steps_case(probe)])]
+        cases = [
+            *run(step_cases(probe)),
+            *run(long_case(probe.step, llm.engine.max_model_len)),
+            *run([several_steps_case(probe)]),
+        ]
         cases += run(request_cases(llm, probe.tokens))
         cases += run([restart_case(str(model), llm.dtype, backend, digest)])
-        plain = Baseline(open_checkpoint(model), dtype=llm.dtype, max_model_len=MODEL_LEN)
+        plain = Baseline(checkpoint, dtype=llm.dtype, max_model_len=ROOM)
         control = list(run(control_cases(plain, probe.tokens)))
     cases.sort(key=lambda case: case.promise)
     used, tiles = llm.engine.step_fn.backend, described(llm.engine.step_fn.tiles)

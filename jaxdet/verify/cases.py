@@ -137,12 +137,12 @@ def _repetition(probe: Probe) -> Case:
     return case
 
 
-def long_case(step: Step) -> Iterator[Case]:
-    """Where one segment of attention holds the whole reference: a sequence that has two, which have to be merged.
+def long_case(step: Step, max_model_len: int) -> Iterator[Case]:
+    """Where one segment of attention holds the whole reference: a sequence that has two, if the model holds it.
 
     In other chunks, and every token past the segment's end as a decode row beside neighbours.
     """
-    if SEGMENTS.get(step.backend, PAGE_SIZE) < LENGTH:
+    if SEGMENTS.get(step.backend, PAGE_SIZE) < LENGTH or max_model_len < LONG:
         return
     case, probe = Case("I2", f"{LONG} tokens, more than a segment of attention"), Probe(step, LONG)
     for chunk in (2 * MAX_TOKENS, 100):

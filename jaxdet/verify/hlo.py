@@ -46,6 +46,8 @@ ELEMENTWISE = {
 }
 # fmt: on
 
+DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""Their names in HLO."""
 ON_CHIP = "S(1)"
 """What marks a result in a TPU's VMEM: fetched for the op that reads it, and no copy in memory."""
 AT_LEAST = 2**20
@@ -212,7 +214,7 @@ def misshapen(programs: Mapping[str, Program], tiles: Tiles = BASE) -> Iterator[
     A kernel's dot states the highest precision. Where its rows are free (`rows_are_free`) it has at least two, sums
     at most K_CHUNK products, has whole blocks of columns (at most a page of keys up to BLOCKED_MAX_ROWS rows), and
     every program has dots of that depth; elsewhere every program has dots of exactly that shape, where one that `tiles`
-    has counts as the base tile's.
+    has counts as the base tile's, and a product of two matrices has the base tile's rows.
     """
     free = rows_are_free()
     base = _bases(tiles)
@@ -229,24 +231,35 @@ def misshapen(programs: Mapping[str, Program], tiles: Tiles = BASE) -> Iterator[
                 yield name, Finding(op, f"has a shape whose order may depend on the rows: {dot}")
             elif missing:
                 yield name, Finding(op, f"has a shape that {', '.join(missing)} lacks: {dot}")
+            elif not free and dot.batch == 1 and _form(dot, free, base)[1] not in _base_rows(dot):
+                yield name, Finding(op, f"has rows that no tile was proven to have: {dot}")
 
 
-def _form(dot: Dot, free: bool, base: Mapping[tuple[int, ...], tuple[int, int]]) -> tuple:
+def _form(dot: Dot, free: bool, base: Mapping[tuple[int | str, ...], tuple[int, int]]) -> tuple:
     if free:
         return dot.depth, dot.dtypes
-    batch, rows = base.get(dot[:4], dot[:2])
+    batch, rows = base.get((*dot[:4], dot.dtypes[0]), dot[:2])
     return dot._replace(batch=batch, rows=rows)
 
 
-def _bases(tiles: Tiles) -> dict[tuple[int, ...], tuple[int, int]]:
-    """Batch and rows of the base tile, by the shape of each dot in a larger one."""
-    bases = {(1, rows, k, n): (1, row_tile(dtype)) for k, n, dtype, rows in tiles.dots}
+def _base_rows(dot: Dot) -> set[int]:
+    """Of a base tile of such a product. Where a device can't multiply 16-bit numbers XLA widens them to float32."""
+    return {row_tile(name) for name, in_hlo in DTYPES.items() if dot.dtypes[0] in (in_hlo, "f32")}
+
+
+def _bases(tiles: Tiles) -> dict[tuple[int | str, ...], tuple[int, int]]:
+    """Batch and rows of the base tile, by the shape and the dtype of each dot in a larger one."""
+    bases = {}
+    for k, n, dtype, rows in tiles.dots:
+        for in_hlo in (DTYPES[dtype], "f32"):
+            bases[1, rows, k, n, in_hlo] = 1, row_tile(dtype)
     for shape in tiles.attention:
         heads, group = shape.kv_heads, shape.q_heads // shape.kv_heads
         base = attention_tiles() * heads, max(ROW_TILE * group, 2)
         columns = -(-shape.head_dim // COLUMN_BLOCK) * COLUMN_BLOCK
         for depth, width in ((shape.head_dim, PAGE_SIZE), (PAGE_SIZE, columns)):
-            bases[ATTENTION_GROUP * heads, ATTENTION_TILE * group, depth, width] = base
+            for in_hlo in (DTYPES[shape.dtype], "f32"):
+                bases[ATTENTION_GROUP * heads, ATTENTION_TILE * group, depth, width, in_hlo] = base
     return bases
 
 

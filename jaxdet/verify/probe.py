@@ -22,8 +22,9 @@ BUCKETS = Buckets(MAX_SEQS, 2 * MAX_TOKENS, PREFILL_SEQS)
 """Room for the reference and its neighbours in one step."""
 POOL = 80
 """Pages of the cache: one for each of 64 sequences, and some."""
-LENGTH = 500
-"""Tokens of the reference: four pages, no multiple of anything; a softmax over all of them is one that XLA reorders."""
+LENGTH, ROOM = 500, 512
+"""Tokens of the reference: four pages, no multiple of anything; a softmax over all of them is one that XLA reorders.
+And of the context that a model must have for it."""
 LONG, MODEL_LEN = 1124, 1152
 """Tokens of a sequence that is longer than any backend's segment of attention."""
 HOSTILE_PAGES = 4

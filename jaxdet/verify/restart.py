@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from jaxdet.llm import LLM
-from jaxdet.verify.probe import MODEL_LEN, POOL, Probe
+from jaxdet.verify.probe import POOL, ROOM, Probe
 
 
 def reference_digest(probe: Probe) -> str:
@@ -19,7 +19,7 @@ def main(model: str, dtype: str, backend: str) -> None:
         model,
         dtype=dtype,
         backend=backend or None,
-        max_model_len=MODEL_LEN,
+        max_model_len=ROOM,
         num_pages=POOL,
         compile_at_start=False,
     )

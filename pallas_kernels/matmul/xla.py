@@ -92,17 +92,18 @@ def _row_free(x, packed):
 def _row_tiled(x, w):
     (rows, k), n, base = x.shape, w.shape[1], row_tile(x.dtype)
     x = jnp.pad(x, ((0, -rows % base), (0, 0)))
-    parts, at = [], 0
+    y, first = jnp.zeros((len(x), n), jnp.float32), 0
     # Every size is a multiple of the next: what is padded is less than one base tile, whichever are proven.
     for tile in (*larger_rows(k, n, x.dtype), base):
-        if tiles := (len(x) - at) // tile:
-            end = at + tiles * tile
-            y = lax.map(
-                lambda rows: dot_f32(rows, w, (((1,), (0,)), ((), ()))), x[at:end].reshape(tiles, tile, k)
-            )
-            parts.append(y.reshape(tiles * tile, n))
-            at = end
-    return (parts[0] if len(parts) == 1 else jnp.concatenate(parts))[:rows]
+
+        def multiply(i, y, first=first, tile=tile):
+            at = first + i * tile
+            part = dot_f32(lax.dynamic_slice_in_dim(x, at, tile), w, (((1,), (0,)), ((), ())))
+            return lax.dynamic_update_slice_in_dim(y, part, at, axis=0)
+
+        if tiles := (len(x) - first) // tile:
+            y, first = lax.fori_loop(0, tiles, multiply, y), first + tiles * tile
+    return y[:rows]
 
 
 def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None):
