@@ -104,7 +104,7 @@ class LLM:
             raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)} or auto")
         for name, value, smallest in (
             ("max_num_seqs", max_num_seqs, 1),
-            ("max_num_batched_tokens", max_num_batched_tokens, 1),
+            ("max_num_batched_tokens", max_num_batched_tokens, 2),
             ("max_model_len", 2 if max_model_len is None else max_model_len, 2),
             ("num_pages", 2 if num_pages is None else num_pages, 2),
             ("num_speculative_tokens", num_speculative_tokens, 1),
@@ -349,8 +349,8 @@ class LLM:
             constraint: which tokens each completion may go on with, such as `jaxdet.grammar` compiles.
 
         Raises:
-            ValueError: the prompt is empty, too long or has ids outside the vocabulary; or there is a constraint beside
-                `min_tokens` or `ignore_eos`.
+            ValueError: the prompt is empty, too long or has ids outside the vocabulary; the priority is no whole
+                number; or there is a constraint beside `min_tokens` or `ignore_eos`.
         """
         text, ids = self._encode(prompt)
         (params,) = _one_each(sampling_params, 1)
@@ -374,6 +374,8 @@ class LLM:
                 except Exception as error:  # the others' tokens of this step must not be lost
                     request.error = error
                     self.abort(request)
+                if sequence.finish_reason is not None:
+                    self._live.pop(sequence, None)
                 changed[request] = None
         return list(changed)
 

@@ -118,6 +118,62 @@ def test_interrupt_after_the_end(model, monkeypatch):
     assert differing([[answer(s) for s in group] for group in queued], alone(model, (1, 2))) == 0
 
 
+def test_an_interrupt_in_the_midst_of_an_interrupt(model, monkeypatch):
+    """Ctrl-C twice: the second while everybody is made to start over."""
+    engine, some = new_engine(model), (5, 6, 4, 5)
+    queued = [engine.add(*REQUESTS[i]) for i in some]
+    for _ in range(3):
+        engine.step()
+    calls, start_over = itertools.count(), Sequence.start_over
+
+    def interrupted(sequence):
+        start_over(sequence)
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.scheduler, "schedule", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Sequence, "start_over", interrupted)
+        engine.step()
+    finish(engine)
+    assert differing([[answer(s) for s in group] for group in queued], alone(model, some)) == 0
+    assert len(engine.scheduler._slots) == 8
+
+
+class Raises:
+    """A constraint that allows everything, until its n-th question."""
+
+    def __init__(self, name, left):
+        self.name, self.left = name, left
+
+    def copy(self):
+        return Raises(self.name, self.left)
+
+    def _asked(self, name):
+        self.left -= name == self.name
+        if self.left < 0:
+            raise RuntimeError("a constraint's own fault")
+
+    def allowed(self, guesses):
+        self._asked("allowed")
+        return np.full(9, 0xFFFFFFFF, np.uint32)
+
+    def append(self, token):
+        self._asked("append")
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram"])
+@pytest.mark.parametrize(("name", "left"), [("allowed", 0), ("allowed", 2), ("append", 0), ("append", 2)])
+def test_a_constraint_that_raises_ends_its_own_request(model, name, left, drafter, caplog):
+    engine, some = new_engine(model, drafter=drafter), (1, 4)
+    queued = [engine.add(*REQUESTS[i]) for i in some]
+    (broken,) = engine.add([1, 2, 3], params(0, max_tokens=8), constraint=Raises(name, left))
+    finish(engine)
+    assert broken.finish_reason == "error" and "its constraint failed" in caplog.text
+    assert broken.num_output <= left + 1 and engine.stats().failed == 1
+    assert differing([[answer(s) for s in group] for group in queued], alone(model, some)) == 0
+
+
 @pytest.mark.parametrize("after", [0, 1, 4, 7, 8])
 @pytest.mark.parametrize("how", ["abort", "preempt", "error"])
 def test_who_waits_for_the_same_prompt(model, alike, how, after):
@@ -276,6 +332,10 @@ def test_stats(model):
     assert stats.output_tokens == sum(s.num_output for s in queued)
     assert stats.cache_hit_rate == 99 / 240 and stats.tokens_per_second > 0
     assert 0 < stats.step_ms_p50 <= stats.step_ms_p95 <= stats.step_ms_p99
+    (stopped,) = engine.add(*REQUESTS[2])
+    engine.step()
+    engine.abort(stopped, "stop")  # as a stop string does
+    assert (engine.stats().finished, engine.stats().cancelled) == (4, 1)
 
 
 def test_a_pause_is_not_a_slow_step(model, monkeypatch):

@@ -27,7 +27,9 @@ def sequence(prompt, max_tokens, *, order=0) -> Sequence:
     )
 
 
-def scheduler(num_pages=8, *, salt="", caching=True, seqs=4, tokens=64, mixed=4, chunked=True) -> Scheduler:
+def scheduler(
+    num_pages=8, *, salt="", caching=True, seqs=4, tokens=64, mixed=4, chunked=True, early=True
+) -> Scheduler:
     return Scheduler(
         PagePool(num_pages, salt, caching),
         max_num_seqs=seqs,
@@ -35,6 +37,7 @@ def scheduler(num_pages=8, *, salt="", caching=True, seqs=4, tokens=64, mixed=4,
         max_prefill_seqs=2,
         max_mixed_rows=mixed,
         chunked=chunked,
+        early=early,
     )
 
 
@@ -139,6 +142,7 @@ def test_random_histories(data):
             mixed=data.draw(st.integers(1, 4), label="mixed"),
             tokens=data.draw(st.sampled_from([1, 32, 200]), label="tokens") if chunked else MAX_LEN,
             chunked=chunked,
+            early=data.draw(st.booleans(), label="early"),
         ),
         num_pages,
         ahead=data.draw(st.booleans(), label="ahead"),
@@ -253,6 +257,42 @@ def test_the_same_prompts_wait_for_one_of_them():
     assert len(s.running) == 4 and [part.count for part in plan] == [1] * 4
     assert len(plan.copies) == 3 and len({each.pages[0] for each in alike}) == 1
     assert len({each.pages[1] for each in alike}) == 4
+
+
+def test_a_prompt_is_shared_late_where_a_nan_reaches_back():
+    """Nobody gets pages whose prompt has not sampled a token: it may turn out to hold a NaN, or be aborted before."""
+    for early, cached in ((True, 128), (False, 0)):
+        s = scheduler(num_pages=16, seqs=4, tokens=150, early=early)
+        first, second = sequence([1] * 300, 5), sequence([1] * 128 + [2] * 100, 5, order=1)
+        s.add(first)
+        s.schedule()
+        first.finish_reason = "abort"
+        s.finish(first)
+        s.add(second)
+        s.schedule()
+        assert second.cached == cached
+    s = scheduler(num_pages=16, seqs=4, tokens=150, early=False)
+    machine = Machine(s, 16)
+    first, second = sequence([1] * 300, 5), sequence([1] * 128 + [2] * 100, 5, order=1)
+    s.add(first)
+    s.add(second)
+    machine.step()
+    assert s.running == [first] and not first.num_output
+    machine.step()
+    machine.step()
+    assert first.num_output and second.cached == 128
+
+
+@pytest.mark.parametrize(("length", "num_pages"), [(100, 2), (200, 3), (129, 3), (250, 3)])
+def test_a_prompt_comes_again_where_the_pool_holds_one_sequence(length, num_pages):
+    """Its copy of the last page needs a page, and the one to copy may be the only one left."""
+    s = scheduler(num_pages=num_pages, seqs=2, tokens=512)
+    machine = Machine(s, num_pages)
+    for _ in range(3):
+        s.add(each := sequence([1] * length, 3))
+        for _ in range(20):
+            machine.step()
+        assert each.finish_reason == "length"
 
 
 def test_decoding_goes_on_beside_a_prompt():

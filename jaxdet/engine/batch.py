@@ -162,15 +162,19 @@ def _adjusted(part: Part, drafts: list[int]) -> list[tuple[int, float, bool, int
 def allowed_tokens(chosen: Placed, rows: int, vocab: int) -> np.ndarray | None:
     """Bits of the tokens that each of a step's rows of logits may choose; None if none is constrained."""
     constrained = [
-        (c, part.drafts, row) for part, row in chosen if (c := part.sequence.constraint) is not None
+        (part.sequence, constraint, part.drafts, row)
+        for part, row in chosen
+        if (constraint := part.sequence.constraint) is not None
     ]
     if not constrained:
         return None
     found = np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
-    for constraint, drafts, row in constrained:
+    for sequence, constraint, drafts, row in constrained:
         for ahead in range(1 + len(drafts)):
             bits = found[row + ahead]
-            bits[:] = constraint.allowed(drafts[:ahead])
+            if (allowed := sequence.ask(constraint.allowed, drafts[:ahead])) is None:
+                break
+            bits[:] = allowed
             if ahead < len(drafts):
                 guess = drafts[ahead]
                 if not bits[guess // 32] >> guess % 32 & 1:  # can't be chosen: nobody sees the rows after it

@@ -1,10 +1,12 @@
 """The engine: token ids in, token ids out; requests join and leave a running batch."""
 
 import collections
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -121,6 +123,7 @@ class Engine:
             max_prefill_seqs=prompts,
             max_mixed_rows=self.buckets.most_mixed_rows,
             chunked=enable_chunked_prefill,
+            early=model.backend != "mosaic_gpu",
         )
         self._slots = max_num_seqs
         with out_of_memory(
@@ -132,6 +135,7 @@ class Engine:
         self._ids = itertools.count()
         self._arrivals = itertools.count()
         self._flights: collections.deque[Flight] = collections.deque()
+        self._interrupted = False
         self._counters = Counters()
         self._compiled_at_start = self._compiled
 
@@ -178,10 +182,12 @@ class Engine:
             constraint: which tokens each completion may go on with; it is copied.
 
         Raises:
-            ValueError: the prompt is empty, too long, or has ids outside the vocabulary, or what `params` ban may be
-                all that the constraint allows.
+            ValueError: the prompt is empty, too long, or has ids outside the vocabulary, the priority is no whole
+                number, or what `params` ban may be all that the constraint allows.
         """
         ids = self._check_prompt(prompt, self.max_model_len - 1)
+        if not isinstance(priority, Integral):
+            raise ValueError(f"priority={priority!r} must be a whole number; lower goes first")
         self._check_vocabulary("logit_bias", params.logit_bias)
         self._check_vocabulary("stop_token_ids", params.stop_token_ids)
         request_id = request_id or str(next(self._ids))
@@ -193,11 +199,12 @@ class Engine:
                 "and use a model with an end-of-sequence token"
             )
         grammar = constraint and constraint.copy()
+        alike = dataclasses.replace(params, prompt_logprobs=None)  # the prompt's are asked of the first one
         return [
             self._queue(
                 request_id=request_id,
                 prompt=ids,
-                params=params,
+                params=alike if index else params,
                 sample_index=index,
                 seed=self.seed if params.seed is None else params.seed,
                 max_tokens=min(room, params.max_tokens or room),
@@ -266,6 +273,7 @@ class Engine:
         if sequence.finish_reason is None:
             sequence.finish_reason = reason
             self._counters.cancelled += reason == "abort"
+            self._counters.finished += reason != "abort"
             self.scheduler.finish(sequence)
 
     def step(self) -> list[Sequence]:
@@ -273,6 +281,8 @@ class Engine:
 
         Whatever it raises, the engine stays usable: running sequences start over, to the same bits.
         """
+        if self._interrupted:
+            self._recover()
         try:
             changed: list[Sequence] = []
             if self._flights and (self._drafter or any(s.needs_last_token for s in self.scheduler.running)):
@@ -286,13 +296,19 @@ class Engine:
                 changed += self._collect(self._flights.popleft())
             return changed
         except BaseException:
-            # The cache may have been donated to a step that failed.
-            self._flights.clear()
-            self.scheduler.restart()
-            self._reset_device()
-            if self._drafter:
-                self._drafter.reset()
+            self._interrupted = True
+            self._recover()
             raise
+
+    def _recover(self) -> None:
+        """Everybody starts over: the cache may have been donated to a step that failed. The next step does it if this
+        is interrupted, too."""
+        self._flights.clear()
+        self.scheduler.restart()
+        self._reset_device()
+        if self._drafter:
+            self._drafter.reset()
+        self._interrupted = False
 
     def update_params(self, params: nnx.State) -> None:
         """Takes other weights, cast into the memory of the present ones, and forgets all cached prefixes.
@@ -464,7 +480,7 @@ class Engine:
         """The sampled token, and after every right guess the next one."""
         sequence, before = part.sequence, len(part.sequence.tokens)
         for guess in (*part.drafts, None):
-            if not usable[row]:
+            if not usable[row] or sequence.broken:
                 sequence.finish_reason = "error"
             elif sequence.max_tokens == 0:
                 sequence.finish_reason = "length"

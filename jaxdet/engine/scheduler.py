@@ -69,6 +69,8 @@ class Scheduler:
         max_prefill_seqs: sequences with prompt tokens in one step.
         max_mixed_rows: decoding rows beside prompts, drafts included.
         chunked: whether a prompt may be split over several steps.
+        early: whether a prompt's pages may be found before it has sampled its first token. Not where a NaN reaches
+            tokens of the same prefill that are before it, and with them pages of which others know the tokens.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class Scheduler:
         max_prefill_seqs: int,
         max_mixed_rows: int,
         chunked: bool,
+        early: bool,
     ):
-        self.pool, self.chunked = pool, chunked
+        self.pool, self.chunked, self.early = pool, chunked, early
         self.max_num_seqs, self.max_prefill_seqs = max_num_seqs, max_prefill_seqs
         self.max_num_batched_tokens, self.max_mixed_rows = max_num_batched_tokens, max_mixed_rows
         self._decoded = PATIENCE
@@ -143,7 +146,7 @@ class Scheduler:
             sequence.computed += part.count + part.steps - 1
             if part.samples:
                 sequence.in_flight += part.steps + len(part.drafts)
-            if sequence.computed >= sequence.register_at:
+            if sequence.computed >= sequence.register_at and (self.early or sequence.num_output):
                 self.register(sequence)
         return plan
 
@@ -213,13 +216,14 @@ class Scheduler:
     def restart(self) -> None:
         """After a step that failed, maybe in the midst of bookkeeping: everybody starts over from their tokens."""
         everyone = dict.fromkeys([*self.running, *self.waiting])
-        self.running, self.waiting = [], []
+        for (
+            sequence
+        ) in everyone:  # all of them stay in the queues until it is done: it may be interrupted, too
+            sequence.start_over()
         self._slots, self._promised = list(reversed(range(self.max_num_seqs))), {}
         self.pool.clear()
-        for sequence in everyone:
-            sequence.start_over()
-            if sequence.finish_reason is None:
-                self.add(sequence)
+        waiting = sorted((s for s in everyone if s.finish_reason is None), key=_order)
+        self.running, self.waiting = [], waiting
 
     def _admit(self, plan: Plan) -> list[int]:
         """Lets waiting sequences in; returns pages that must live until they are copied."""
@@ -237,8 +241,11 @@ class Scheduler:
                 continue
             pages, tail = self.pool.match(sequence.prefix) if shared else ([], None)
             missing = -(-len(sequence.tokens) // PAGE_SIZE) - len(pages)
+            if tail is not None and missing > self.pool.available:
+                self.pool.release([tail])  # it may be the very page that is missing
+                tail = None
             if missing > self.pool.available:
-                self.pool.release(pages if tail is None else [*pages, tail])
+                self.pool.release(pages)
                 break
             own = [self.pool.allocate() for _ in range(missing)]
             sequence.computed = len(pages) * PAGE_SIZE
@@ -248,8 +255,8 @@ class Scheduler:
                 sequence.computed = len(sequence.tokens) - 1
             sequence.hashes = sequence.prefix.pages[: len(pages)]
             sequence.pages, sequence.register_at = pages + own, 0
-            if not sequence.num_output:
-                sequence.cached = sequence.computed
+            if not sequence.admitted:
+                sequence.admitted, sequence.cached = True, sequence.computed
             bisect.insort(self.running, sequence, key=_order)
             self.waiting.remove(sequence)
             sequence.slot = self._slots.pop()

@@ -1,8 +1,10 @@
 """One running completion: its tokens, its pages and how far they are computed."""
 
 import dataclasses
+import logging
 from collections import Counter
-from typing import Protocol, Self
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 import numpy as np
 from jaxtyping import UInt32
@@ -14,6 +16,9 @@ Entry = tuple[float, int, list[float], list[int]]
 """Of a token: its logprob, its rank, the top logprobs and their ids."""
 
 TINY = float(np.finfo(np.float32).tiny)
+MOST_TOP_K = np.iinfo(np.int32).max
+
+log = logging.getLogger(__name__)
 
 
 class Constraint(Protocol):
@@ -67,6 +72,8 @@ class Sequence:
     """Known and computed tokens from which on there is another prefix to make findable."""
     prefix: Prefix | None = None
     """Hashes of what it had when it was last admitted."""
+    admitted: bool = False
+    """Whether it ever ran."""
     cached: int = 0
     """Prompt tokens found in the prefix cache at first admission."""
     finish_reason: str | None = None
@@ -80,6 +87,8 @@ class Sequence:
     """How often each id occurs in the output, if it is penalised."""
     constraint: Constraint | None = dataclasses.field(init=False)
     """The grammar after the output so far."""
+    broken: bool = False
+    """Whether the constraint raised."""
     penalised: bool = dataclasses.field(init=False)
     needs_last_token: bool = dataclasses.field(init=False)
     """Whether what was sampled last has a say in the next choice, so that the host must know it by then."""
@@ -100,7 +109,7 @@ class Sequence:
         wanted = p.logprobs is not None or self.keep_logits or self.max_tokens == 0
         self.by_step = wanted or self.adjusted or self.needs_last_token
         # A top_p that float32 rounds to 0 would keep nothing; the smallest normal number keeps the best token.
-        cuts = (p.top_k, max(p.top_p, TINY)) if p.temperature else (0, 1)
+        cuts = (min(p.top_k, MOST_TOP_K), max(p.top_p, TINY)) if p.temperature else (0, 1)
         halves = self.seed & 0xFFFFFFFF, self.seed >> 32
         self.sampling = (p.temperature, *cuts, p.min_p, *halves, self.sample_index)
 
@@ -131,10 +140,19 @@ class Sequence:
         """Takes a sampled token and notes whether it ends the sequence."""
         self.tokens.append(token)
         if self.constraint is not None:
-            self.constraint.append(token)
+            self.ask(self.constraint.append, token)
         if self.penalised:
             self.counts[token] = self.counts.get(token, 0) + 1
         self._note_end(token)
+
+    def ask[T](self, question: Callable[..., T], *args: Any) -> T | None:
+        """What the constraint, which is the user's code, answers; if it raises, this sequence ends with an error."""
+        try:
+            return question(*args)
+        except Exception:
+            log.exception("request %s: its constraint failed", self.request_id)
+            self.broken = True
+            return None
 
     def start_over(self) -> None:
         """Forgets all but the tokens and what follows from them, wherever `append` was interrupted."""
@@ -143,7 +161,7 @@ class Sequence:
         if self.grammar is not None:
             self.constraint = self.grammar.copy()
             for token in self.output:
-                self.constraint.append(token)
+                self.ask(self.constraint.append, token)
         if self.penalised:
             self.counts = dict(Counter(self.output))
         if self.num_output and self.finish_reason is None:
@@ -151,7 +169,9 @@ class Sequence:
 
     def _note_end(self, token: int) -> None:
         count = len(self.tokens) - len(self.prompt)
-        if token in self.stop_ids and count >= self.params.min_tokens:
+        if self.broken:
+            self.finish_reason = "error"
+        elif token in self.stop_ids and count >= self.params.min_tokens:
             self.finish_reason = "stop"
             self.stop_reason = token if token in self.params.stop_token_ids else None
         elif count >= self.max_tokens:
