@@ -23,6 +23,7 @@ from engine_runs import (
 )
 
 from jaxdet import LLM
+from jaxdet.engine import batch
 from jaxdet.engine import engine as engine_module
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.sequence import Sequence
@@ -336,6 +337,22 @@ def test_stats(model):
     engine.step()
     engine.abort(stopped, "stop")  # as a stop string does
     assert (engine.stats().finished, engine.stats().cancelled) == (4, 1)
+
+
+def test_more_adjustments_than_a_program_takes(model, monkeypatch):
+    """They go one after the other, to the same bits, and nothing else is compiled for them."""
+    biased = params(1, max_tokens=4, repetition_penalty=1.3, logit_bias={t: t / 9 - 3 for t in range(3, 40)})
+    (expected,) = run(new_engine(model), [Request(PROMPT, biased)])
+    monkeypatch.setattr(batch, "ADJUSTMENT_BUCKETS", (8, 16))
+    engine, adjust, sizes = new_engine(model), Step.adjust, []
+
+    def noted(step, logits, adjustments):
+        sizes.append(len(adjustments.row))
+        return adjust(step, logits, adjustments)
+
+    monkeypatch.setattr(Step, "adjust", noted)
+    assert differing(run(engine, [Request(PROMPT, biased)]), [expected]) == 0
+    assert set(sizes) <= {8, 16} and len(sizes) >= 4 * 3
 
 
 def test_a_pause_is_not_a_slow_step(model, monkeypatch):

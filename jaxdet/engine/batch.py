@@ -119,8 +119,8 @@ def sampling_rows(chosen: Placed, rows: int) -> SamplingRows | None:
     )
 
 
-def adjustments(chosen: Placed, rows: int, vocab: int) -> Adjustments | None:
-    """Biases, bans and penalties of a step's rows of logits; None if there are none."""
+def adjustments(chosen: Placed, rows: int, vocab: int) -> list[Adjustments]:
+    """Biases, bans and penalties of a step's rows of logits, one after the other: no program takes more at once."""
     entries = [
         (row + ahead, *entry)
         for part, row in chosen
@@ -128,10 +128,13 @@ def adjustments(chosen: Placed, rows: int, vocab: int) -> Adjustments | None:
         for ahead in range(1 + len(part.drafts))
         for entry in _adjusted(part, part.drafts[:ahead])
     ]
-    if not entries:
-        return None
-    size = next((bucket for bucket in ADJUSTMENT_BUCKETS if bucket >= len(entries)), len(entries))
-    entries += [(rows, vocab, 0, False, 0, 1, 0, 0)] * (size - len(entries))
+    most = ADJUSTMENT_BUCKETS[-1]
+    return [_padded(entries[at : at + most], rows, vocab) for at in range(0, len(entries), most)]
+
+
+def _padded(entries: list[tuple], rows: int, vocab: int) -> Adjustments:
+    size = next(bucket for bucket in ADJUSTMENT_BUCKETS if bucket >= len(entries))
+    entries = entries + [(rows, vocab, 0, False, 0, 1, 0, 0)] * (size - len(entries))
     kinds = (np.int32, np.int32, np.float32, bool, np.int32, np.float32, np.float32, np.float32)
     columns = zip(*entries, strict=True)
     return Adjustments(*(np.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True)))

@@ -406,8 +406,9 @@ class Engine:
         if self._drafter:
             self._drafter.follow(batch)
         chosen = arrays.sampled(plan, bucket)
-        adjustments = arrays.adjustments(chosen, bucket.sampled, self.vocab_size)
-        adjusted = logits if adjustments is None else step.adjust(logits, adjustments)
+        adjusted = logits
+        for adjustments in arrays.adjustments(chosen, bucket.sampled, self.vocab_size):
+            adjusted = step.adjust(adjusted, adjustments)
         allowed = arrays.allowed_tokens(chosen, bucket.sampled, self.vocab_size)
         adjusted = adjusted if allowed is None else step.restrict(adjusted, allowed)
         slots = arrays.slots_of(chosen, bucket.sampled, self._slots)
