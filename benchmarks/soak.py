@@ -73,14 +73,22 @@ class Answer(NamedTuple):
 
 
 def traffic(count: int, *, seed: int, max_len: int, poison: int, rate: float) -> list[Job]:
-    """Random jobs of tokens below `poison`, about `rate` of them a step; some prompts hold `poison`, too."""
+    """Random jobs of tokens below `poison`, about `rate` of them a step; some prompts hold `poison`, too.
+
+    Half of these come with a twin without it, in the same step: it may share what is before the poison, but no NaN.
+    """
     rng = np.random.default_rng(seed)
     tokens = lambda n: rng.integers(0, poison, int(n)).tolist()  # noqa: E731
     pages = max(1, 5 * max_len // 8 // PAGE_SIZE)
     shared = [tokens(pages * PAGE_SIZE + rng.integers(1, 20)) for _ in range(2)]
     prompts: list[list[int]] = []
-    jobs = []
+    jobs, twin = [], None
     for arrival in np.floor(np.cumsum(rng.exponential(1 / rate, count))).astype(int).tolist():
+        if twin is not None:
+            prompt, step = twin
+            jobs.append(Job(prompt, _params(rng, poison), step, None, 0))
+            twin = None
+            continue
         kind = rng.random()
         if kind < 0.8:
             prompt = [*shared[rng.integers(len(shared))], *tokens(rng.integers(1, max_len // 8))]
@@ -95,6 +103,7 @@ def traffic(count: int, *, seed: int, max_len: int, poison: int, rate: float) ->
         del prompt[3 * max_len // 4 :]
         prompts.append(list(prompt))
         if rng.random() < 0.1:
+            twin = (list(prompt), arrival) if rng.random() < 0.5 else None
             prompt.insert(int(rng.integers(len(prompt) + 1)), poison)
         patience = int(rng.integers(0, 60)) if rng.random() < 0.12 else None
         jobs.append(Job(prompt, _params(rng, poison), arrival, patience, int(rng.choice([0, 0, 0, -1, 2]))))
