@@ -34,6 +34,8 @@ def step_bytes(config: ModelConfig, buckets: Buckets, itemsize: int, table: int,
     steps = buckets.all()
     tokens, logits = max(b.rows + b.tokens for b in steps), max(b.sampled for b in steps)
     qkv = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+    if backend == "xla":
+        itemsize = 4  # its products leave their sums in memory before they are rounded
     layer = 3 * c.hidden_size + max(qkv + 2 * c.num_q_heads * c.head_dim, 3 * c.intermediate_size)
     return parts + tokens * layer * itemsize + 2 * logits * c.vocab_size * 4
 
