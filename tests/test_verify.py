@@ -34,7 +34,7 @@ def test_certifies(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(certificates, "keep", lambda *which, **found: kept.append(found["tiles"]))
     monkeypatch.setattr("jaxdet.verify.described", lambda tiles: "512 rows" if tiles == BASE else "")
-    report = verify(write_tiny_model(tmp_path / "tiny"), progress=False)
+    report = verify(write_tiny_model(tmp_path / "tiny", max_position_embeddings=ROOM), progress=False)
     assert report.ok, rendered(report)
     assert {c.promise for c in report.cases} == {"I1", "I2", "I3", "I4"}
     assert {c.name for c in report.control} == set(NAMES.values()) <= {c.name for c in report.cases}

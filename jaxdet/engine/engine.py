@@ -199,7 +199,9 @@ class Engine:
                 "and use a model with an end-of-sequence token"
             )
         grammar = constraint and constraint.copy()
-        alike = dataclasses.replace(params, prompt_logprobs=None)  # the prompt's are asked of the first one
+        alike = params
+        if params.n > 1 and params.prompt_logprobs is not None:  # they are asked of the first one
+            alike = dataclasses.replace(params, prompt_logprobs=None)
         return [
             self._queue(
                 request_id=request_id,

@@ -216,9 +216,8 @@ class Scheduler:
     def restart(self) -> None:
         """After a step that failed, maybe in the midst of bookkeeping: everybody starts over from their tokens."""
         everyone = dict.fromkeys([*self.running, *self.waiting])
-        for (
-            sequence
-        ) in everyone:  # all of them stay in the queues until it is done: it may be interrupted, too
+        # They stay in the queues until all is done: this may be interrupted, too.
+        for sequence in everyone:
             sequence.start_over()
         self._slots, self._promised = list(reversed(range(self.max_num_seqs))), {}
         self.pool.clear()

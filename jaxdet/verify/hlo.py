@@ -218,11 +218,14 @@ def misshapen(programs: Mapping[str, Program], tiles: Tiles = BASE) -> Iterator[
     """
     free = rows_are_free()
     base = _bases(tiles)
-    found = {name: list(dots(program)) for name, program in programs.items()}
-    forms = {name: {_form(dot, free, base) for _, dot in pairs} for name, pairs in found.items()}
-    for name, pairs in found.items():
-        for op, dot in pairs:
-            missing = [other for other in forms if _form(dot, free, base) not in forms[other]]
+    found = {
+        name: [(op, dot, _form(dot, free, base)) for op, dot in dots(program)]
+        for name, program in programs.items()
+    }
+    forms = {name: {form for _, _, form in triples} for name, triples in found.items()}
+    for name, triples in found.items():
+        for op, dot, form in triples:
+            missing = [other for other in forms if form not in forms[other]]
             if not re.search(
                 r'operand_precision"?[=:][{\[]"?highest"?,"?highest', op.attributes, re.IGNORECASE
             ):
@@ -231,7 +234,7 @@ def misshapen(programs: Mapping[str, Program], tiles: Tiles = BASE) -> Iterator[
                 yield name, Finding(op, f"has a shape whose order may depend on the rows: {dot}")
             elif missing:
                 yield name, Finding(op, f"has a shape that {', '.join(missing)} lacks: {dot}")
-            elif not free and dot.batch == 1 and _form(dot, free, base)[1] not in _base_rows(dot):
+            elif not free and dot.batch == 1 and form[1] not in _base_rows(dot):
                 yield name, Finding(op, f"has rows that no tile was proven to have: {dot}")
 
 
