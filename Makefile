@@ -4,6 +4,7 @@ SOURCES := jaxdet pallas_kernels tests benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 LIBTPU := .venv/libtpu
+CUDA := .venv/cuda
 
 .PHONY: help setup demo test test-slow check bench docs lock clean
 help:
@@ -27,6 +28,11 @@ $(LIBTPU)/.ready: requirements-tpu.lock .venv/.ready
 	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(LIBTPU) -r requirements-tpu.lock
 	@touch $@
 
+# As far out of its sight: a plugin without a GPU.
+$(CUDA)/.ready: requirements-cuda.lock .venv/.ready
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(CUDA) -r requirements-cuda.lock
+	@touch $@
+
 demo: setup
 	@$(BIN)/jaxdet demo
 
@@ -36,7 +42,7 @@ check: setup
 test: check $(LIBTPU)/.ready
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
-test-slow: setup $(LIBTPU)/.ready
+test-slow: setup $(LIBTPU)/.ready $(CUDA)/.ready
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 bench: setup
@@ -51,6 +57,8 @@ lock:
 		--custom-compile-command "make lock" --allow-unsafe --quiet -o requirements.lock
 	uv pip compile --group tpu-aot --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --no-annotate --custom-compile-command "make lock" --quiet -o requirements-tpu.lock
+	uv pip compile --group gpu-aot --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --no-annotate --custom-compile-command "make lock" --quiet -o requirements-cuda.lock
 
 clean:
 	rm -rf .venv dist build out site .pytest_cache .ruff_cache .hypothesis

@@ -78,6 +78,8 @@ DECODES = (  # (sequences, keys)
 DRAWS = {  # (temperature, top-k, top-p)
     "top-p": (0.8, 0, 0.9),
     "top-k 20, top-p 0.95": (0.8, 20, 0.95),
+    "top-k 200": (0.8, 200, 1.0),
+    "top-k 1000": (0.8, 1000, 1.0),
     "all of it": (0.8, 0, 1.0),
     "greedy": (0.0, 50, 0.9),
 }

@@ -148,56 +148,80 @@ def _draw(key, shape):
     return jax.random.normal(key, shape, jnp.bfloat16) * jnp.asarray(0.02, jnp.bfloat16)
 
 
-def plain_rates(layers: int, batches: list[int]) -> dict[str, float]:
-    """Tokens a second of plain JAX, from context PROMPT on, tokens staying on the device."""
-    plain, found = Baseline(RandomCheckpoint(layers), dtype="bfloat16", max_model_len=PROMPT + OUTPUT), {}
+class Plain:
+    """Plain JAX on a static cache, unrolled and as a scan over layers; greedy, the tokens stay on the device."""
 
-    def greedy(step):
+    def __init__(self, layers: int):
+        self.model = Baseline(RandomCheckpoint(layers), dtype="bfloat16", max_model_len=MODEL_LEN)
+        self.unrolled = self._greedy(self.model.forward.__wrapped__)
+        self.scanned = self._greedy(self._scanned)
+
+    @staticmethod
+    def _greedy(forward):
         def advance(params, cache, tokens, at):
-            logits, cache = step(params, cache, tokens[:, None], at)
-            return jnp.argmax(logits[:, 0], axis=1).astype(jnp.int32), cache
+            logits, cache = forward(params, cache, tokens, at)
+            return jnp.argmax(logits[:, 0], axis=1).astype(jnp.int32)[:, None], cache
 
         return jax.jit(advance, donate_argnums=1)
 
-    def time_of(step, params, cache, batch) -> float:
-        tokens, at = jnp.zeros(batch, jnp.int32), jnp.full(batch, PROMPT, jnp.int32)
-        for _ in range(3):
-            tokens, cache = step(params, cache, tokens, at)
-        jax.block_until_ready(tokens)
-        began = time.perf_counter()
-        for i in range(OUTPUT):
-            tokens, cache = step(params, cache, tokens, at + i)
-        jax.block_until_ready(tokens)
-        return batch * OUTPUT / (time.perf_counter() - began)
-
-    unrolled = greedy(plain.forward.__wrapped__)
-    for batch in batches:
-        found[f"unrolled {batch}"] = time_of(unrolled, plain.params, plain.new_cache(batch), batch)
-        print("plain, unrolled", batch, round(found[f"unrolled {batch}"]), flush=True)
-
-    c = plain.config
-    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
-    stacked = {
-        name: [layer.pop(name) for layer in plain.params["layers"]]
-        for name in list(plain.params["layers"][0])
-    }
-    params = plain.params | {"layers": {name: jnp.stack(stacked.pop(name)) for name in list(stacked)}}
-
-    def scanned(params, cache, tokens, start):
-        positions = start[:, None] + jnp.arange(1)
+    def _scanned(self, params, cache, tokens, start):
+        c = self.model.config
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
         angles = params["rope"][0][positions][:, :, None]
 
         def layer(x, weights):
             return decoder_layer(c, weights[0], x, positions, start, angles, None, weights[1])
 
         x, cache = lax.scan(layer, params["embedding"][tokens], (params["layers"], cache))
-        return lm_head(c, params, x), cache
+        return lm_head(c, params, x[:, -1:]), cache
 
-    for batch in batches:
-        cache = stack(plain.new_cache(batch))
-        found[f"scan {batch}"] = time_of(greedy(scanned), params, cache, batch)
-        print("plain, scan", batch, round(found[f"scan {batch}"]), flush=True)
-    return found
+    def rates(self) -> dict[str, dict[str, float]]:
+        """By "unrolled" and "scan" what the engine's rows are called, and its rate or seconds."""
+        found = {"unrolled": self._rates(self.unrolled, self.model.params, self.model.new_cache)}
+        stacked = {
+            name: [layer.pop(name) for layer in self.model.params["layers"]]
+            for name in list(self.model.params["layers"][0])
+        }
+        layers = {name: jnp.stack(stacked.pop(name)) for name in list(stacked)}
+        params = self.model.params | {"layers": layers}
+        stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+        return found | {
+            "scan": self._rates(self.scanned, params, lambda batch: stack(self.model.new_cache(batch)))
+        }
+
+    def _rates(self, step, params, new_cache) -> dict[str, float]:
+        def seconds(batch: int, prompt: int, decoded: int, at: int = 0) -> float:
+            """Of a step of `prompt` tokens at position `at`, and `decoded` steps of one; the second time."""
+            self.model.max_model_len = at + prompt + decoded
+            for _ in range(2):
+                ids = jnp.ones((batch, prompt), jnp.int32)
+                cache = jax.block_until_ready(new_cache(batch))
+                began = time.perf_counter()
+                for i in range(decoded + 1):
+                    start = jnp.full(batch, at + prompt + i - 1 if i else at, jnp.int32)
+                    ids, cache = step(params, cache, ids, start)
+                jax.block_until_ready(ids)
+                took = time.perf_counter() - began
+                del cache
+            return took
+
+        found = {}
+        for name in TARGETS:
+            try:
+                if name == "prefill 4 x 8192":
+                    found[name] = 8192 / seconds(1, 8192, 0)
+                elif name == "1000 completions":
+                    found[name] = seconds(1000, 32, 99)
+                else:
+                    batch, at = (1, 8192) if "8k" in name else (DECODE[name], PROMPT)
+                    found[name] = batch * OUTPUT / seconds(batch, 1, OUTPUT - 1, at)
+            except jax.errors.JaxRuntimeError as problem:  # its attention writes all scores to memory
+                if "RESOURCE_EXHAUSTED" not in str(problem):
+                    raise
+                print("plain, out of memory:", name, flush=True)
+            else:
+                print("plain", name, round(found[name], 2), flush=True)
+        return found
 
 
 def weights_of(config: dict) -> tuple[int, int]:
@@ -288,7 +312,7 @@ def main() -> None:
     del bench, engine, runs
     gc.collect()
     if not options.no_plain:
-        report["plain"] = plain_rates(options.layers, [1, 8, 64, 256])
+        report["plain"] = Plain(options.layers).rates()
     write(report)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/step_profile.py [KIND,SEQUENCES,KEYS ...] [--layers 36] [--backend mosaic_gpu]
 
 A model of Qwen3-8B's shape with random weights: decode steps of several batches and one prefill, without sampling;
-with --backend xla in the larger tiles that the device proves first.
+with --backend xla in its base tiles, and in the larger ones that the device proves first.
 Per kernel: launches and microseconds a step (CUPTI), and how much of its own limit it reaches: the bytes that it must
 move at the rate at which a large array is read, or its operations at that of a large matrix product, measured first.
 Under each table the sum of the kernels, the host's time a step in a row of steps, and the gaps between them.
@@ -12,6 +12,7 @@ Under each table the sum of the kernels, the host's time a step in a row of step
 import argparse
 import collections
 import functools
+import itertools
 import time
 
 import jax
@@ -26,7 +27,7 @@ from jaxdet.models.layers import Batch
 from jaxdet.testing import QWEN3_8B, random_model
 from pallas_kernels.backend import compiler_options
 from pallas_kernels.numerics import PAGE_SIZE
-from pallas_kernels.proven import with_tiles
+from pallas_kernels.proven import BASE, with_tiles
 
 HIDDEN, VOCAB, DIM = QWEN3_8B["hidden_size"], QWEN3_8B["vocab_size"], QWEN3_8B["head_dim"]
 HEADS, KV_HEADS = QWEN3_8B["num_attention_heads"], QWEN3_8B["num_key_value_heads"]
@@ -111,13 +112,13 @@ def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
         hidden, cache = model(batch, cache)
         return model.logits(hidden.at[batch.last_rows()].get(mode="promise_in_bounds")), cache
 
-    for kind, sequences, length in steps:
+    for (kind, sequences, length), allowed in itertools.product(steps, dict.fromkeys((BASE, tiles))):
         batch, pages = batch_of(kind, sequences, length)
         shape = pages, KV_HEADS, PAGE_SIZE, DIM
         cache = [tuple(normal(i, *shape) for i in (1, 2)) for _ in range(layers)]
         begin, batch = time.time(), jax.device_put(batch)
         jitted = jax.jit(
-            with_tiles(tiles, step), donate_argnums=1, compiler_options=compiler_options(backend)
+            with_tiles(allowed, step), donate_argnums=1, compiler_options=compiler_options(backend)
         )
         compiled = jitted.lower(state, cache, batch).compile()
         built = time.time() - begin
@@ -136,7 +137,8 @@ def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
             kernels[name.removesuffix("_kernel").removesuffix("_mosaic_gpu")].append(ms * 1e3)
         del cache
         total = sum(map(sum, kernels.values())) / count
-        print(f"\n{kind}, {sequences} × {length}, {layers} layers (compiled in {built:.1f} s)")
+        sort = {BASE: "base tiles, ", tiles: "larger tiles, "}[allowed] if backend == "xla" else ""
+        print(f"\n{kind}, {sequences} × {length}, {layers} layers ({sort}compiled in {built:.1f} s)")
         print(f"{'kernel':44} {'launches':>8} {'µs each':>8} {'µs a step':>10} {'of limit':>8}")
         for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1])):
             each = float(np.median(times))

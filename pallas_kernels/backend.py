@@ -148,8 +148,13 @@ def compiler_options(backend: str) -> dict[str, bool | int]:
     """What the outermost `jax.jit` around a model needs: `jax.jit(f, compiler_options=compiler_options(backend))`.
 
     XLA measures several kernels for a dot on a GPU and takes the fastest; another process may find another one fastest,
-    whose sum has another order. These options make it take cuBLAS's first choice for the shape.
+    whose sum has another order. These options make it take cuBLAS's first choice for the shape, and keep it from making
+    one dot of a few that share an operand, as tiles share their weights.
     """
     if backend == "xla" and jax.default_backend() == "gpu":
-        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+        return {
+            "xla_gpu_autotune_level": 0,
+            "xla_gpu_enable_triton_gemm": False,
+            "xla_gpu_dot_merger_threshold_mb": 0,
+        }
     return {}

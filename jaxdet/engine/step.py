@@ -26,7 +26,6 @@ from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.backend import compiler_options
 from pallas_kernels.numerics import PAGE_SIZE, TRASH_PAGE
 from pallas_kernels.proven import BASE, Tiles, with_tiles
-from pallas_kernels.rows import over_rows
 from pallas_kernels.sample.op import Adjustments, SamplingRows, adjust, restrict, sample, token_logprobs
 
 SCORE_ROWS = 64
@@ -337,13 +336,25 @@ def _draw(backend, logits, last_tokens, told, *, layout: Layout):
 
 
 def _score(graph, tree, weights, hidden, targets, *, top: int) -> Logprobs:
-    """Logprobs of `targets` at every row, a few rows at a time."""
+    """Logprobs of `targets` at every row, a few rows at a time.
+
+    The last rows are as many as the others, some of them once more, to the same bits: filling up would copy all.
+    """
     model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+    rows, short = len(hidden), max(SCORE_ROWS - len(hidden), 0)
+    hidden, targets = jnp.pad(hidden, ((0, short), (0, 0))), jnp.pad(targets, (0, short))
+    count = -(-rows // SCORE_ROWS)
+    again = count * SCORE_ROWS - len(hidden)
 
-    def block(_, hidden, targets):
-        return None, Logprobs(*token_logprobs(model.logits(hidden), targets, top=top, backend=model.backend))
+    def block(start):
+        x, ids = (lax.dynamic_slice_in_dim(part, start, SCORE_ROWS) for part in (hidden, targets))
+        return Logprobs(*token_logprobs(model.logits(x), ids, top=top, backend=model.backend))
 
-    return over_rows(block, None, hidden, targets, size=SCORE_ROWS)[1]
+    def joined(parts):
+        return jnp.concatenate([parts[:-1].reshape(-1, *parts.shape[2:]), parts[-1, again:]])[:rows]
+
+    starts = jnp.minimum(jnp.arange(count) * SCORE_ROWS, len(hidden) - SCORE_ROWS)
+    return jax.tree.map(joined, lax.map(block, starts))
 
 
 def _copy_pages(cache: KVCache, sources, targets) -> KVCache:

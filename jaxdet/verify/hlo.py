@@ -6,6 +6,7 @@ where whatever has no optimisation barrier in between may come into one fusion. 
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import sys
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from jaxdet.engine.step import Step
 from jaxdet.verify.hlo_module import REDUCTIONS, Computation, Op, Program
+from pallas_kernels.arrays import round_up
 from pallas_kernels.backend import attention_tiles, row_tile, rows_are_free
 from pallas_kernels.matmul.xla import BLOCKED_MAX_ROWS
 from pallas_kernels.numerics import COLUMN_BLOCK, K_CHUNK, PAGE_SIZE, ROW_TILE
@@ -50,6 +52,8 @@ DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Their names in HLO."""
 ON_CHIP = "S(1)"
 """What marks a result in a TPU's VMEM: fetched for the op that reads it, and no copy in memory."""
+CUBLAS_ALIGN = 8
+"""Columns and depth of a matrix are multiples of it where cuBLAS multiplies 16-bit numbers."""
 AT_LEAST = 2**20
 """Bytes from which a copy is reported."""
 
@@ -254,8 +258,10 @@ def _bases(tiles: Tiles) -> dict[tuple[int | str, ...], tuple[int, int]]:
     """Batch and rows of the base tile, by the shape and the dtype of each dot in a larger one."""
     bases = {}
     for k, n, dtype, rows in tiles.dots:
-        for in_hlo in (DTYPES[dtype], "f32"):
-            bases[1, rows, k, n, in_hlo] = 1, row_tile(dtype)
+        # XLA fills 16-bit matrices up with zeros for cuBLAS.
+        padded = (round_up(k, CUBLAS_ALIGN), round_up(n, CUBLAS_ALIGN))
+        for (depth, columns), in_hlo in itertools.product(((k, n), padded), (DTYPES[dtype], "f32")):
+            bases[1, rows, depth, columns, in_hlo] = 1, row_tile(dtype)
     for shape in tiles.attention:
         heads, group = shape.kv_heads, shape.q_heads // shape.kv_heads
         base = attention_tiles() * heads, max(ROW_TILE * group, 2)
