@@ -3,8 +3,9 @@
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -77,20 +78,27 @@ def compiler(step: Step, chip: str, only: str = "") -> Step:
     Args:
         only: the name of those to compile; all of them by default.
     """
-    place = jax.sharding.SingleDeviceSharding(_device(chip))
-
-    def put(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if hasattr(x, "dtype") else x
 
     def compile_(name, key, *args, told=None, **static):
         if only not in ("", name):
             return
         program = step._program(name, *args, told=told, **static)
-        jitted = program.jit(functools.partial(program.function, **program.static))
-        traced = jitted.trace(*jax.tree.map(put, program.args))
-        step._programs[name, key] = traced.lower(lowering_platforms=("cuda",)).compile()
+        function = functools.partial(program.function, **program.static)
+        step._programs[name, key] = compile_for(chip, function, *program.args, jit=program.jit)
 
     return step._twin(compile_)
+
+
+def compile_for(
+    chip: str, function: Callable, *operands: Any, jit: Callable = jax.jit
+) -> jax.stages.Compiled:
+    """Compiles `function` of operands, or of their shapes, for the chip."""
+    place = jax.sharding.SingleDeviceSharding(_device(chip))
+
+    def put(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if hasattr(x, "dtype") else x
+
+    return jit(function).trace(*jax.tree.map(put, operands)).lower(lowering_platforms=("cuda",)).compile()
 
 
 @functools.cache

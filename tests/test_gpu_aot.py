@@ -1,16 +1,23 @@
 """Every program that an engine compiles, compiled for GPUs that are not here: the lint reads what XLA makes of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu_chips import compiler, needs_plugin
+from gpu_chips import compile_for, compiler, needs_plugin
 
 from jaxdet.engine.buckets import Bucket
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.larger_tiles import trials
 from jaxdet.testing import COMMON, FAMILIES, random_model
 from jaxdet.verify.hlo import dots, lint_step
+from pallas_kernels.attention.op import attention
+from pallas_kernels.matmul.op import gated_matmul, matmul
 from pallas_kernels.proven import BASE, Tiles
+from pallas_kernels.rms_norm.op import rms_norm
+from pallas_kernels.rope_cache.op import rope_cache
+from pallas_kernels.sample.op import token_logprobs
 
 pytestmark = [pytest.mark.slow, needs_plugin]
 
@@ -108,3 +115,75 @@ def test_what_xla_makes_beside_the_hopper_kernels_is_clean(family, only):
     for name, program in report.programs.items():
         kernels = sum(op.target.startswith("mosaic_gpu") for op in program.ops)
         assert kernels >= {"model": 16, "decode": 16, "score": 2, "logprobs": 1}.get(name.split()[0], 0), name
+
+
+GPU = {"backend": "mosaic_gpu"}
+
+
+def half(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ints(*shape):
+    return half(*shape, dtype=jnp.int32)
+
+
+def trained(function, count):
+    """`function`'s result and the gradients by its first `count` operands."""
+
+    def call(d, *operands):
+        first, rest = operands[:count], operands[count:]
+        out, pull = jax.vjp(lambda *first: function(*first, *rest), *first)
+        return out, pull(d)
+
+    return call
+
+
+def attention_of(head_dim, heads=(8, 2), **option):
+    """A prompt of 1300 tokens with its gradients, and 5 decoding rows."""
+    pages, rows = half(20, heads[1], 128, head_dim), (5, heads[0], head_dim)
+    call = functools.partial(attention, scale=0.125, **GPU, **option)
+    prompt, q = functools.partial(call, max_query_len=1300), half(1300, heads[0], head_dim)
+    name = f"attention {head_dim}, {heads}, {option}"
+    yield name, trained(prompt, 3), (q, q, pages, pages, ints(1, 11), ints(2), ints(1))
+    decode = functools.partial(call, max_query_len=1)
+    yield f"decode {name}", decode, (half(*rows), pages, pages, ints(5, 11), ints(6), ints(5))
+
+
+def matmuls(rows, k, n, **option):
+    weights = half(k // 64, n, 64)
+    product = functools.partial(matmul, n=n, **GPU, **option)
+    gated = functools.partial(gated_matmul, n=n // 2, activation="silu", **GPU)
+    yield f"matmul {rows}", trained(product, 2), (half(rows, n), half(rows, k), weights)
+    yield f"gated {rows}", trained(gated, 2), (half(rows, n // 2), half(rows, k), weights)
+
+
+def others():
+    f32 = functools.partial(half, dtype=jnp.float32)
+    norm = functools.partial(rms_norm, eps=1e-6, **GPU)
+    yield "rms_norm", trained(norm, 2), (half(600, 576), half(600, 576), f32(576))
+    rotate = functools.partial(rope_cache, num_q_heads=8, num_kv_heads=2, **GPU)
+    pages = half(4, 2, 128, 128)
+    operands = half(300, 12 * 128), pages, pages, f32(512, 128), ints(300), ints(300)
+    yield "rope_cache", rotate, operands
+    logprobs = lambda x, ids: token_logprobs(x, ids, top=5, **GPU)[0]  # noqa: E731
+    yield "token_logprobs", trained(logprobs, 1), (f32(70), f32(70, 151936), ints(70))
+
+
+KERNELS = {
+    name: (function, operands)
+    for name, function, operands in (
+        *(program for dim in (64, 96, 128, 256) for program in attention_of(dim)),
+        *attention_of(128, (7, 1), window=200, soft_cap=30.0),
+        *(program for rows in (1, 64, 2048) for program in matmuls(rows, 4096, 6144)),
+        *others(),
+    )
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_hopper_kernel_compiles_for_its_gpu(few_buckets, name):
+    """Down to its instructions, its gradient's kernels, too: what only Mosaic and ptxas find is found here."""
+    function, operands = KERNELS[name]
+    program = compile_for("H200", function, *operands)
+    assert "mosaic_gpu" in program.as_text()
