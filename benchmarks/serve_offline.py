@@ -5,9 +5,9 @@
 Random weights (only shapes matter to speed), random prompts, greedy, end-of-sequence ignored. A decode rate is
 batch · 128 / (seconds for 129 tokens − seconds for 1 token), scheduler, sampler and host included. Plain JAX has a
 static cache as long as the longest sequence needs, once with a scan over layers and once unrolled, and keeps its
-tokens on the device. "Limit" is arithmetic: the weights and the cache read once a step at the rate at which the card
+tokens on the device; its prefill is one sequence at a time, and for completions it computes the prompt 1000 times. "Limit" is arithmetic: the weights and the cache read once a step at the rate at which the card
 reads a large array, or the products at the rate that it holds for a second of large ones, both measured here.
-Everything runs once unmeasured, so that nothing compiles in between, then three times, of which the median counts.
+Everything runs once unmeasured, so that nothing compiles in between, then three times, plain JAX once; the median counts.
 Writes OUT/serve_offline.json.
 """
 
@@ -175,21 +175,22 @@ class Plain:
         x, cache = lax.scan(layer, params["embedding"][tokens], (params["layers"], cache))
         return lm_head(c, params, x[:, -1:]), cache
 
-    def rates(self) -> dict[str, dict[str, float]]:
-        """By "unrolled" and "scan" what the engine's rows are called, and its rate or seconds."""
-        found = {"unrolled": self._rates(self.unrolled, self.model.params, self.model.new_cache)}
-        stacked = {
-            name: [layer.pop(name) for layer in self.model.params["layers"]]
-            for name in list(self.model.params["layers"][0])
-        }
-        layers = {name: jnp.stack(stacked.pop(name)) for name in list(stacked)}
-        params = self.model.params | {"layers": layers}
-        stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    def rates(self, names: list[str]) -> dict[str, dict[str, float]]:
+        """By "unrolled" and "scan" each row's rate or seconds. The weights are stacked for the scan: once only."""
+        found = {"unrolled": self._rates(names, self.unrolled, self.model.params, self.model.new_cache)}
+        layers = self.model.params["layers"]
+        stacked = {name: jnp.stack([layer.pop(name) for layer in layers]) for name in list(layers[0])}
+
+        def new_cache(batch):
+            c = self.model.config
+            shape = c.num_layers, batch, self.model.max_model_len, c.num_kv_heads, c.head_dim
+            return tuple(jnp.zeros(shape, self.model.dtype) for _ in range(2))
+
         return found | {
-            "scan": self._rates(self.scanned, params, lambda batch: stack(self.model.new_cache(batch)))
+            "scan": self._rates(names, self.scanned, self.model.params | {"layers": stacked}, new_cache)
         }
 
-    def _rates(self, step, params, new_cache) -> dict[str, float]:
+    def _rates(self, names, step, params, new_cache) -> dict[str, float]:
         def seconds(batch: int, prompt: int, decoded: int, at: int = 0) -> float:
             """Of a step of `prompt` tokens at position `at`, and `decoded` steps of one; the second time."""
             self.model.max_model_len = at + prompt + decoded
@@ -206,7 +207,7 @@ class Plain:
             return took
 
         found = {}
-        for name in TARGETS:
+        for name in names:
             try:
                 if name == "prefill 4 x 8192":
                     found[name] = 8192 / seconds(1, 8192, 0)
@@ -215,7 +216,7 @@ class Plain:
                 else:
                     batch, at = (1, 8192) if "8k" in name else (DECODE[name], PROMPT)
                     found[name] = batch * OUTPUT / seconds(batch, 1, OUTPUT - 1, at)
-            except jax.errors.JaxRuntimeError as problem:  # its attention writes all scores to memory
+            except jax.errors.JaxRuntimeError as problem:  # a scan's old and new cache are there at once
                 if "RESOURCE_EXHAUSTED" not in str(problem):
                     raise
                 print("plain, out of memory:", name, flush=True)
@@ -312,7 +313,7 @@ def main() -> None:
     del bench, engine, runs
     gc.collect()
     if not options.no_plain:
-        report["plain"] = Plain(options.layers).rates()
+        report["plain"] = Plain(options.layers).rates(options.only)
     write(report)
 
 

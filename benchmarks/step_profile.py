@@ -137,7 +137,7 @@ def main(layers: int, backend: str, steps: list[tuple[str, int, int]]) -> None:
             kernels[name.removesuffix("_kernel").removesuffix("_mosaic_gpu")].append(ms * 1e3)
         del cache
         total = sum(map(sum, kernels.values())) / count
-        sort = {BASE: "base tiles, ", tiles: "larger tiles, "}[allowed] if backend == "xla" else ""
+        sort = ("base tiles, " if allowed == BASE else "larger tiles, ") if backend == "xla" else ""
         print(f"\n{kind}, {sequences} × {length}, {layers} layers ({sort}compiled in {built:.1f} s)")
         print(f"{'kernel':44} {'launches':>8} {'µs each':>8} {'µs a step':>10} {'of limit':>8}")
         for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1])):

@@ -46,7 +46,7 @@ class Chip(NamedTuple):
               name: "{self.name}" device_vendor: "NVIDIA Corporation"
               platform_version: "Compute Capability {major}.{minor}"
               cuda_compute_capability {{ major: {major} minor: {minor} {accelerated} }}
-              core_count: {self.cores} fpus_per_core: {128 if self.capability != (7, 5) else 64}
+              core_count: {self.cores} fpus_per_core: {64 if self.capability in ((7, 5), (8, 0)) else 128}
               clock_rate_ghz: {self.clock_ghz} device_memory_size: {self.memory_gb * 10**9}
               memory_bandwidth: {self.bandwidth_gb * 10**9} l2_cache_size: {self.l2_mb * 2**20}
               threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: {self.threads}
@@ -114,12 +114,18 @@ def _device(chip: str):
 def _load() -> None:
     if not (FOLDER / "jax_plugins").exists():
         raise FileNotFoundError(f"{FOLDER} has no CUDA plugin; run `make .venv/cuda/.ready`")
-    os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(FOLDER / "jax_cuda13_plugin" / "libmosaic_gpu_runtime.so")
+    runtime = FOLDER / "jax_cuda13_plugin" / "libmosaic_gpu_runtime.so"
+    os.environ.setdefault(
+        "MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime)
+    )  # what Mosaic's kernels are linked with
     jax.devices()  # those that are here come first: JAX looks for no others later
     sys.path.insert(0, str(FOLDER))
     try:
         import jax_plugins.xla_cuda13
 
         jax_plugins.xla_cuda13.initialize()
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):  # a plugin in the environment, which JAX has found by itself
+            raise
     finally:
         sys.path.remove(str(FOLDER))

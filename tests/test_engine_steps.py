@@ -244,3 +244,25 @@ def test_everything_is_compiled_at_start(model):
     engine.compile_all()
     assert ends(engine, FREE[:3]) and taken[STEPS]
     assert engine.stats().compiled_after_start == 0
+
+
+@pytest.mark.parametrize("top", [0, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_scores_alike_among_any_number_of_rows(dtype, top):
+    """Its last rows are scored with some that were scored before; a NaN stays in its row."""
+    model = model_of(dtype=jnp.dtype(dtype))
+    step, rng = Step(model), np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((200, model.config.hidden_size)), dtype).at[70].set(jnp.nan)
+    targets = rng.integers(0, model.config.vocab_size, 200).astype(np.int32)
+
+    def score(rows):
+        found = jax.tree.leaves(step.score(hidden[rows], targets[rows], top=top))
+        assert [x.shape for x in found] == [(len(targets[rows]),)] * 2 + [(len(targets[rows]), top)] * 2
+        return [np.asarray(x).view(np.int32) for x in found]
+
+    whole = score(slice(None))
+    for rows in (slice(0, 1), slice(3, 66), slice(64), slice(65), slice(60, 189), slice(72, 200)):
+        for mine, of_all in zip(score(rows), whole, strict=True):
+            np.testing.assert_array_equal(mine, of_all[rows])
+    assert np.isnan(whole[0].view(np.float32)).nonzero()[0].tolist() == [70]
+    assert (score(slice(1, 65))[0] != whole[0][:64]).any(), "the comparison sees other rows"

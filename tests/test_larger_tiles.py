@@ -234,6 +234,19 @@ def test_the_lint_allows_what_was_proven_for_this_dtype_alone():
         assert ["no tile was proven" in finding.why for _, finding in findings] == [True, True]
 
 
+@pytest.mark.parametrize(("dtype", "known"), [("float16", True), ("float32", False)])
+def test_the_lint_knows_columns_that_are_filled_up_for_cublas(dtype, known):
+    """35 columns become 40; numbers of 32 bits are multiplied as they are."""
+    shapes = (
+        jax.ShapeDtypeStruct((64, 24), jnp.dtype(dtype)),
+        jax.ShapeDtypeStruct((24, 40), jnp.dtype(dtype)),
+    )
+    product = with_tiles(as_tiles(24, 40, 64, dtype=dtype), functools.partial(matmul.dot, n=40))
+    text = jax.jit(product).lower(*shapes).as_text("hlo", debug_info=True)
+    findings = lint({"one": text}, "xla", tiles=as_tiles(24, 35, 64, dtype=dtype)).findings
+    assert known == (not findings)
+
+
 def test_tiles_are_part_of_what_is_lowered_elsewhere_and_kept():
     model, tiles = model_of(num_hidden_layers=1), Tiles((Dot(64, 64, "float32", 16),), (HEADS,))
     step = Step(model, tiles)

@@ -351,7 +351,8 @@ def _score(graph, tree, weights, hidden, targets, *, top: int) -> Logprobs:
         return Logprobs(*token_logprobs(model.logits(x), ids, top=top, backend=model.backend))
 
     def joined(parts):
-        return jnp.concatenate([parts[:-1].reshape(-1, *parts.shape[2:]), parts[-1, again:]])[:rows]
+        whole = parts[:-1].reshape((count - 1) * SCORE_ROWS, *parts.shape[2:])
+        return jnp.concatenate([whole, parts[-1, again:]])[:rows]
 
     starts = jnp.minimum(jnp.arange(count) * SCORE_ROWS, len(hidden) - SCORE_ROWS)
     return jax.tree.map(joined, lax.map(block, starts))

@@ -6,7 +6,6 @@ where whatever has no optimisation barrier in between may come into one fusion. 
 """
 
 import dataclasses
-import itertools
 import math
 import re
 import sys
@@ -258,10 +257,11 @@ def _bases(tiles: Tiles) -> dict[tuple[int | str, ...], tuple[int, int]]:
     """Batch and rows of the base tile, by the shape and the dtype of each dot in a larger one."""
     bases = {}
     for k, n, dtype, rows in tiles.dots:
-        # XLA fills 16-bit matrices up with zeros for cuBLAS.
-        padded = (round_up(k, CUBLAS_ALIGN), round_up(n, CUBLAS_ALIGN))
-        for (depth, columns), in_hlo in itertools.product(((k, n), padded), (DTYPES[dtype], "f32")):
-            bases[1, rows, depth, columns, in_hlo] = 1, row_tile(dtype)
+        for in_hlo in (DTYPES[dtype], "f32"):
+            bases[1, rows, k, n, in_hlo] = 1, row_tile(dtype)
+        if DTYPES[dtype] != "f32":  # XLA fills 16-bit matrices up with zeros for cuBLAS
+            padded = round_up(k, CUBLAS_ALIGN), round_up(n, CUBLAS_ALIGN)
+            bases[1, rows, *padded, DTYPES[dtype]] = 1, row_tile(dtype)
     for shape in tiles.attention:
         heads, group = shape.kv_heads, shape.q_heads // shape.kv_heads
         base = attention_tiles() * heads, max(ROW_TILE * group, 2)
