@@ -5,9 +5,10 @@
 Random weights (only shapes matter to speed), random prompts, greedy, end-of-sequence ignored. A decode rate is
 batch · 128 / (seconds for 129 tokens − seconds for 1 token), scheduler, sampler and host included. Plain JAX has a
 static cache as long as the longest sequence needs, once with a scan over layers and once unrolled, and keeps its
-tokens on the device; its prefill is one sequence at a time, and for completions it computes the prompt 1000 times. "Limit" is arithmetic: the weights and the cache read once a step at the rate at which the card
-reads a large array, or the products at the rate that it holds for a second of large ones, both measured here.
-Everything runs once unmeasured, so that nothing compiles in between, then three times, plain JAX once; the median counts.
+tokens on the device; its prefill is one sequence at a time, and for completions it computes the prompt 1000 times.
+"Limit" is arithmetic: the weights and the cache read once a step at the rate at which the card reads a large array, or
+the products at the rate that it holds for a second of large ones, both measured here. Everything runs once unmeasured,
+so that nothing compiles in between, then three times, of which the median counts, or once (plain JAX).
 Writes OUT/serve_offline.json.
 """
 

@@ -1,13 +1,17 @@
 """The Hopper matmul without a GPU: interpreted on small shapes, lowered for CUDA on real ones."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdet.engine.buckets import Buckets
 from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
 from pallas_kernels.matmul.tuning_sm90 import DEFAULT, TABLE, Tile
+from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
 
 K, N = 192, 128
 
@@ -73,6 +77,28 @@ def test_pack_round_trips_and_looks_up_columns():
 
 
 TILES = {Tile(*entry) for buckets in TABLE.values() for entry in buckets.values()} | set(DEFAULT.values())
+
+
+@pytest.mark.parametrize(
+    "limits", [(1000, 8192, 64), (300, 5000, 40), (8, 256, 8), (64, 2048, 16), (1, 32, 4)]
+)
+def test_the_rows_of_a_step_fill_whole_tiles(limits):
+    """So no product copies x to fill it up: of any matrix of the table, in any bucket of an engine."""
+    buckets = Buckets(*limits, "mosaic_gpu")
+    for bucket in buckets.all():
+        rows = bucket.rows + bucket.tokens
+        for shape in (*TABLE, "576x960"):
+            tile = tuned_tile(rows, *map(int, shape.split("x")))
+            assert rows <= tile.rows or rows % tile.rows == 0, (bucket, shape)
+    for rows, tokens in itertools.product(
+        range(0, buckets.most_mixed_rows + 1, 7), {1, min(33, limits[1]), limits[1]}
+    ):
+        found = buckets.fit(rows, tokens, 3)
+        assert found in buckets.all() and found.rows >= rows and found.tokens >= tokens
+    plain = Buckets(*limits)
+    assert {b.rows + b.tokens for b in plain.all()} != {b.rows + b.tokens for b in buckets.all()} or limits[
+        0
+    ] == 1
 
 
 @pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)

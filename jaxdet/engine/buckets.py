@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.matmul.op import whole_rows
+
 SMALLEST_CHUNK = 32
 FINEST_CHUNK = 512
 """Up to here sizes double; above they quadruple."""
@@ -38,11 +40,13 @@ class Buckets:
         max_rows: decoding rows of a step, drafts included.
         max_tokens: prompt tokens of a step.
         max_seqs: prompts of a step.
+        backend: the model's; rows and tokens together are as many as its products take without a copy.
     """
 
     max_rows: int
     max_tokens: int
     max_seqs: int
+    backend: str = "xla"
 
     @property
     def rows(self) -> list[int]:
@@ -53,11 +57,13 @@ class Buckets:
     @property
     def _most_rows(self) -> int:
         """Whole tiles of the matrix products, where there is more than one: 1000 rows would be padded at each."""
-        return self.max_rows if self.max_rows <= ROW_TILE else -(-self.max_rows // ROW_TILE) * ROW_TILE
+        if self.max_rows <= ROW_TILE:
+            return self.max_rows
+        return whole_rows(-(-self.max_rows // ROW_TILE) * ROW_TILE, self.backend)
 
     @property
     def tokens(self) -> list[int]:
-        return _sizes(SMALLEST_CHUNK, self.max_tokens, FINEST_CHUNK)
+        return _sizes(SMALLEST_CHUNK, whole_rows(self.max_tokens, self.backend), FINEST_CHUNK)
 
     @property
     def most_mixed_rows(self) -> int:
@@ -78,13 +84,16 @@ class Buckets:
             return Bucket(_first(self.rows, rows), 0, 0)
         if not rows:
             return Bucket(0, _first(self.tokens, tokens), 1 if seqs == 1 else self.max_seqs)
-        return Bucket(_first(self.mixed_rows, rows), _first(self.mixed_tokens, tokens), self.max_seqs)
+        return self._mixed(_first(self.mixed_rows, rows), _first(self.mixed_tokens, tokens))
+
+    def _mixed(self, rows: int, tokens: int) -> Bucket:
+        return Bucket(rows, whole_rows(rows + tokens, self.backend) - rows, self.max_seqs)
 
     def all(self) -> list[Bucket]:
         """Every bucket that `fit` may give, the largest first."""
         decode = [Bucket(rows, 0, 0) for rows in self.rows]
         prefill = [Bucket(0, tokens, seqs) for tokens in self.tokens for seqs in sorted({1, self.max_seqs})]
-        mixed = [Bucket(r, t, self.max_seqs) for r in self.mixed_rows for t in self.mixed_tokens]
+        mixed = [self._mixed(r, t) for r in self.mixed_rows for t in self.mixed_tokens]
         return sorted(decode + prefill + mixed, key=lambda b: -b.rows - b.tokens)
 
 

@@ -98,7 +98,8 @@ class Engine:
         self._steps = num_scheduler_steps if drafter is None else 1
         self._table = -(-max_model_len // PAGE_SIZE)
         prompts = max(FEWEST_PREFILL_SEQS, max_num_batched_tokens // PAGE_SIZE)
-        self.buckets = Buckets(max_num_seqs * (1 + self._drafts), max_num_batched_tokens, prompts)
+        rows = max_num_seqs * (1 + self._drafts)
+        self.buckets = Buckets(rows, max_num_batched_tokens, prompts, model.backend)
         self.step_fn = self._step_of(model)
         if num_pages is None:
             num_pages = plan_pages(

@@ -6,8 +6,9 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
+from pallas_kernels.backend import resolve
 from pallas_kernels.gradient import Trained, value_of, with_gradient
-from pallas_kernels.matmul import backward
+from pallas_kernels.matmul import backward, tuning_sm90
 
 Activation = Literal["silu", "gelu_tanh"]
 """What a gated product's gate goes through; "gelu_tanh" is GELU's tanh approximation."""
@@ -51,6 +52,16 @@ def unpack_gated(
 ) -> tuple[Num[HostOrDevice, "K F"], Num[HostOrDevice, "K F"]]:
     """The inverse of `pack_gated`: (gate, up), each [k, n]; see `unpack`."""
     return registry.load("matmul", backend).unpack_gated(packed, k, n)
+
+
+def whole_rows(rows: int, backend: str | None = None) -> int:
+    """How many rows a product had better have that needs `rows`: fewer would be copied to be filled up to whole tiles.
+
+    Args:
+        rows: at least 1.
+        backend: "mosaic_gpu" has such tiles; elsewhere it is `rows`.
+    """
+    return tuning_sm90.whole_rows(rows) if resolve(backend) == "mosaic_gpu" else rows
 
 
 def take_columns(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 
@@ -45,6 +46,16 @@ TABLE: dict[str, dict[str, list[int]]] = json.loads(_FILE.read_text())["tiles"] 
 def bucket(rows: int) -> int:
     """The row bucket of `rows`."""
     return next((b for b in ROW_BUCKETS if rows <= b), ROW_BUCKETS[-1])
+
+
+def whole_rows(rows: int) -> int:
+    """The least number of rows, at least `rows`, that fills whole tiles of every matrix: x needs no padded copy."""
+    if rows <= ROW_BUCKETS[1]:  # one tile holds them
+        return rows
+    at = str(bucket(rows))
+    heights = {DEFAULT[int(at)].rows, *(entries[at][0] for entries in TABLE.values() if at in entries)}
+    height = math.lcm(*heights)
+    return -(-rows // height) * height
 
 
 def tile(rows: int, k: int, columns: int) -> Tile:
