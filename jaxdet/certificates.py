@@ -39,6 +39,12 @@ def differing(model: str, backend: str, dtype: str) -> int | None:
         return None
 
 
+def claimed(model: str, backend: str, dtype: str) -> bool:
+    """Whether equal bits may be claimed here: the model's last verification, or the project itself, stands for them."""
+    found = differing(model, backend, dtype)
+    return (jax.default_backend(), backend) in TESTED if found is None else found == 0
+
+
 def say(model: str, backend: str, dtype: str) -> None:
     """Warns of a machine that failed the model's verification, or needs one and has had none."""
     found, log = differing(model, backend, dtype), logging.getLogger(__name__)
@@ -52,7 +58,7 @@ def say(model: str, backend: str, dtype: str) -> None:
             backend,
             dtype,
         )
-    elif found is None and (jax.default_backend(), backend) not in TESTED:
+    elif not claimed(model, backend, dtype):
         log.warning(
             "backend=%r was never certified on this %s with this model; `jaxdet verify %s --dtype %s` does so, once",
             backend,

@@ -52,7 +52,7 @@ def test_a_damaged_note_is_none(cache, content):
     assert certificates.differing("model", "xla", "float32") is None
 
 
-def test_no_fingerprint_where_bits_differ(tmp_path, caplog):
+def test_no_fingerprint_where_bits_differ_or_nobody_looked(tmp_path, monkeypatch, caplog):
     llm = LLM(write_tiny_model(tmp_path / "tiny"))
     claimed = fingerprint(llm)
     assert claimed == fingerprint(llm)
@@ -60,3 +60,9 @@ def test_no_fingerprint_where_bits_differ(tmp_path, caplog):
     assert len({claimed, fingerprint(llm), fingerprint(llm)}) == 3
     LLM(tmp_path / "tiny")
     assert "NOT claimed" in caplog.text
+    certificates.keep(llm.name, "xla", llm.dtype, compared=10, differing=0)
+    assert fingerprint(llm) == claimed
+    monkeypatch.setattr(certificates, "TESTED", set())
+    assert fingerprint(llm) == claimed
+    monkeypatch.setenv("JAXDET_CACHE", str(tmp_path / "another machine"))
+    assert len({claimed, fingerprint(llm), fingerprint(llm)}) == 3

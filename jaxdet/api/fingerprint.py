@@ -15,9 +15,10 @@ from pallas_kernels.numerics import NUMERICS_VERSION
 def fingerprint(llm: LLM) -> str:
     """Digest of everything that answers depend on: engines with the same one give the same bits.
 
-    Where `jaxdet verify` found values that differ no two engines have the same one.
+    Where `jaxdet verify` found values that differ, or a device that the project doesn't test was never verified, no two
+    engines have the same one.
     """
-    if certificates.differing(llm.name, llm.engine.step_fn.backend, llm.dtype):
+    if not certificates.claimed(llm.name, llm.engine.step_fn.backend, llm.dtype):
         return f"uncertified_{secrets.token_hex(16)}"
     tokenizer = llm.tokenizer
     grammars = importlib.util.find_spec("llguidance") and importlib.metadata.version("llguidance")
