@@ -47,6 +47,8 @@ def claimed(model: str, backend: str, dtype: str) -> bool:
 
 def say(model: str, backend: str, dtype: str) -> None:
     """Warns of a machine that failed the model's verification, or needs one and has had none."""
+    if claimed(model, backend, dtype):
+        return
     found, log = differing(model, backend, dtype), logging.getLogger(__name__)
     device = jax.devices()[0].device_kind
     if found:
@@ -58,7 +60,7 @@ def say(model: str, backend: str, dtype: str) -> None:
             backend,
             dtype,
         )
-    elif not claimed(model, backend, dtype):
+    else:
         log.warning(
             "backend=%r was never certified on this %s with this model; `jaxdet verify %s --dtype %s` does so, once",
             backend,

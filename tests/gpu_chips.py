@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 from jax.experimental import topologies
+from tpu_chips import nothing_kept
 
 from jaxdet.engine.step import Step
 
@@ -98,7 +99,9 @@ def compile_for(
     def put(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if hasattr(x, "dtype") else x
 
-    return jit(function).trace(*jax.tree.map(put, operands)).lower(lowering_platforms=("cuda",)).compile()
+    with nothing_kept():
+        traced = jit(function).trace(*jax.tree.map(put, operands))
+        return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
 @functools.cache
@@ -115,9 +118,8 @@ def _load() -> None:
     if not (FOLDER / "jax_plugins").exists():
         raise FileNotFoundError(f"{FOLDER} has no CUDA plugin; run `make .venv/cuda/.ready`")
     runtime = FOLDER / "jax_cuda13_plugin" / "libmosaic_gpu_runtime.so"
-    os.environ.setdefault(
-        "MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime)
-    )  # what Mosaic's kernels are linked with
+    # What Mosaic's kernels are linked with.
+    os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime))
     jax.devices()  # those that are here come first: JAX looks for no others later
     sys.path.insert(0, str(FOLDER))
     try:

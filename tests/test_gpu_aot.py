@@ -13,7 +13,6 @@ from jaxdet.engine.larger_tiles import trials
 from jaxdet.testing import COMMON, FAMILIES, random_model
 from jaxdet.verify.hlo import dots, lint_step
 from pallas_kernels.attention.op import attention
-from pallas_kernels.compat import reset_compilation_cache
 from pallas_kernels.matmul.op import gated_matmul, matmul
 from pallas_kernels.proven import BASE, Tiles
 from pallas_kernels.rms_norm.op import rms_norm
@@ -34,16 +33,11 @@ WHOLE = Buckets(256, 640, 8, "mosaic_gpu").fit(8, 600, 8)
 
 @pytest.fixture
 def few_buckets(monkeypatch):
-    """For time's sake. JAX would keep programs on disk, and fail to read them the next time."""
+    """For time's sake."""
     jax.clear_caches()
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    reset_compilation_cache()  # JAX looks at the setting once
     monkeypatch.setattr("jaxdet.engine.buckets.Buckets.rows", [8])
     monkeypatch.setattr("jaxdet.engine.buckets.Buckets.all", lambda _: BUCKETS)
     yield monkeypatch
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    reset_compilation_cache()
     jax.clear_caches()
 
 
@@ -197,7 +191,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_hopper_kernel_compiles_for_its_gpu(few_buckets, name):
+def test_every_hopper_kernel_compiles_for_its_gpu(name):
     """Down to its instructions, its gradient's kernels, too: what only Mosaic and ptxas find is found here."""
     function, operands = KERNELS[name]
     program = compile_for("H200", function, *operands)

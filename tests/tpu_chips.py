@@ -46,15 +46,15 @@ def compile_for(chip: str, function, *operands, donate_argnums=()) -> Compiled:
     place = jax.sharding.SingleDeviceSharding(device)
     operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
     started = time.perf_counter()
-    with pretending(chip), _nothing_kept():
+    with pretending(chip), nothing_kept():
         traced = jax.jit(function, donate_argnums=donate_argnums).trace(*operands)
         program = traced.lower(lowering_platforms=("tpu",)).compile()
     return Compiled(program, time.perf_counter() - started)
 
 
 @contextlib.contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """JAX would keep the program on disk, and fail to read it the next time: that takes the chip itself."""
+def nothing_kept() -> Iterator[None]:
+    """JAX would keep programs on disk, and fail to read them the next time: that takes the chip itself."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     reset_compilation_cache()

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pallas_kernels.arrays import round_up
 from pallas_kernels.matmul.op import whole_rows
 
 SMALLEST_CHUNK = 32
@@ -59,7 +60,7 @@ class Buckets:
         """Whole tiles of the matrix products, where there is more than one: 1000 rows would be padded at each."""
         if self.max_rows <= ROW_TILE:
             return self.max_rows
-        return whole_rows(-(-self.max_rows // ROW_TILE) * ROW_TILE, self.backend)
+        return whole_rows(round_up(self.max_rows, ROW_TILE), self.backend)
 
     @property
     def tokens(self) -> list[int]:

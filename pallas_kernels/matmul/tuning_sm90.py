@@ -5,6 +5,8 @@ import json
 import math
 import pathlib
 
+from pallas_kernels.arrays import round_up
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -54,8 +56,7 @@ def whole_rows(rows: int) -> int:
         return rows
     at = str(bucket(rows))
     heights = {DEFAULT[int(at)].rows, *(entries[at][0] for entries in TABLE.values() if at in entries)}
-    height = math.lcm(*heights)
-    return -(-rows // height) * height
+    return round_up(rows, math.lcm(*heights))
 
 
 def tile(rows: int, k: int, columns: int) -> Tile:
