@@ -185,6 +185,8 @@ KERNELS = {
         *(program for dim in (64, 96, 128, 256) for program in attention_of(dim)),
         *attention_of(128, (7, 1), window=200, soft_cap=30.0),
         *(program for rows in (1, 64, 2048) for program in matmuls(rows, 4096, 6144)),
+        *matmuls(3, 2048, 2048),  # narrow tiles, deep stages
+        *matmuls(500, 5120, 51200),  # a last round of narrow tiles
         *others(),
     )
 }

@@ -1,6 +1,7 @@
 """The Hopper matmul without a GPU: interpreted on small shapes, lowered for CUDA on real ones."""
 
 import itertools
+import random
 
 import jax
 import jax.numpy as jnp
@@ -100,11 +101,95 @@ def test_the_rows_of_a_step_fill_whole_tiles(limits):
         assert sizes != plain, "elsewhere rows stay as they are"
 
 
+def test_parts_hold_every_column_once():
+    """Whole rounds of the SMs in wide tiles, the rest in narrow ones; at every entry of the table, and elsewhere."""
+    entries = [
+        (int(rows), int(shape.split("x")[1]), Tile(*entry))
+        for shape, buckets in TABLE.items()
+        for rows, entry in buckets.items()
+    ]
+    assert any(tile.tail for *_, tile in entries)
+    rng = random.Random(0)
+    others = [
+        (rng.randint(1, 9000), 64 * rng.randint(1, 2400), Tile(64, rng.choice((64, 192)), tail=64))
+        for _ in range(300)
+    ]
+    for rows, columns, tile in entries + others:
+        row_tiles = -(-rows // tile.rows)
+        parts = kernel._parts(row_tiles, columns, tile)
+        assert parts[0].begin == 0 and parts[-1].begin + parts[-1].count * parts[-1].width >= columns
+        if len(parts) == 1:
+            continue
+        whole, tail = parts
+        assert (
+            tail.begin == whole.count * whole.width < columns
+            and (tail.count - 1) * tail.width < columns - tail.begin
+        )
+        rounds, left = divmod(row_tiles * whole.count, kernel.SMS)
+        assert left == 0 or kernel.SMS - left < row_tiles, "a round is as full as whole columns make it"
+        assert rounds >= 1 or row_tiles * whole.count > kernel.SMS - row_tiles
+
+
+@pytest.fixture
+def few_sms(monkeypatch):
+    """A GPU so small that a small product takes several rounds."""
+    monkeypatch.setattr(kernel, "SMS", 3)
+    kernel._kernel.cache_clear()
+    yield
+    kernel._kernel.cache_clear()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("rows", "n", "tile"),
+    [
+        (5, 448, Tile(64, 128, tail=64)),
+        (70, 448, Tile(64, 64, 128, tail=32)),
+        (130, 448, Tile(128, 128, 64, 2, 16, 64)),
+    ],
+)
+def test_narrow_tiles_of_a_last_round(few_sms, rows, n, tile):
+    """Close to float64, with all that an epilogue adds; rows don't feel their neighbours."""
+    assert len(kernel._parts(-(-rows // tile.rows), n, tile)) == 2
+    x, w, residual = _operands(rows, n=n)
+    packed, bias, some = kernel.pack(w), jnp.arange(n, dtype=jnp.float32), np.array([0, rows - 1])
+
+    def run(x):
+        with gpu_interpreter():
+            return kernel.matmul(x, packed, n=n, bias=bias, residual=residual, tile=tile)
+
+    full, wide = run(x), [np.asarray(a, np.float64) for a in (x, w, residual, bias)]
+    exact = wide[0] @ wide[1] + wide[2] + wide[3]
+    assert np.linalg.norm(np.asarray(full, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+    apart, whole = (
+        np.asarray(y).view(np.uint16) for y in (run(jnp.full_like(x, jnp.nan).at[some].set(x[some])), full)
+    )
+    np.testing.assert_array_equal(apart[some], whole[some])
+    assert (apart != whole).any(), "the comparison sees the poisoned rows"
+
+
+@pytest.mark.interpret
+def test_narrow_tiles_of_a_gated_product(few_sms):
+    """With what a gradient needs saved: all columns of both results."""
+    tile, n = Tile(64, 128, tail=64), 224
+    assert len(kernel._parts(1, 2 * n, tile)) == 2
+    x, w, _ = _operands(5, n=2 * n)
+    gate, up = jnp.split(w, 2, axis=1)
+    with gpu_interpreter():
+        y, inner = kernel.gated_matmul_saving(
+            x, kernel.pack_gated(gate, up), n=n, activation="silu", tile=tile
+        )
+    a, b = (np.asarray(x, np.float64) @ np.asarray(half, np.float64) for half in (gate, up))
+    for got, exact in ((y, a / (1 + np.exp(-a)) * b), (kernel.unpack_gated(kernel.pack(inner), 5, n)[0], a)):
+        assert np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact) < 1e-2
+
+
 @pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)
 def test_every_tile_lowers_for_cuda(tile):
     struct = jax.ShapeDtypeStruct
-    x, packed = struct((512, 4096), jnp.bfloat16), struct((64, 6144, 64), jnp.bfloat16)
-    product = jax.jit(lambda x, w: kernel.matmul(x, w, n=6144, tile=tile))
+    x, packed = struct((512, 4096), jnp.bfloat16), struct((64, 51200, 64), jnp.bfloat16)
+    assert len(kernel._parts(512 // min(512, tile.rows), 51200, tile)) == (2 if tile.tail else 1)
+    product = jax.jit(lambda x, w: kernel.matmul(x, w, n=51200, tile=tile))
     product.trace(x, packed).lower(lowering_platforms=("cuda",))
 
 

@@ -10,6 +10,8 @@ Gate and up columns alternate in groups of GATE_GROUP, so that one CTA holds bot
 
 import dataclasses
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,25 @@ def _transforms(columns: int, itemsize: int):
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
+class _Part(NamedTuple):
+    """Columns that go in tiles of one width."""
+
+    begin: int
+    width: int
+    count: int
+    """Tiles side by side; the last may stand over the matrix."""
+
+
+def _parts(row_tiles: int, columns: int, tile: Tile) -> list[_Part]:
+    """All columns in tiles of `tile.columns`; with a tail, those that full rounds of the SMs leave in narrower ones."""
+    whole = _Part(0, tile.columns, -(-columns // tile.columns))
+    full = row_tiles * whole.count // SMS * SMS // row_tiles
+    if not tile.tail or full in (0, whole.count):
+        return [whole]
+    begin = full * tile.columns
+    return [whole._replace(count=full), _Part(begin, tile.tail, -(-(columns - begin) // tile.tail))]
+
+
 @functools.cache
 def _kernel(
     x_shape,
@@ -189,17 +210,17 @@ def _kernel(
     depth = tile.depth if k % tile.depth == 0 else K_BLOCK
     groups, group_rows = tile.row_groups, tile.rows // tile.row_groups
     steps, k_blocks = k // depth, depth // K_BLOCK
-    row_tiles, column_tiles = -(-rows // tile.rows), -(-columns // tile.columns)
-    tiles = row_tiles * column_tiles
+    row_tiles = -(-rows // tile.rows)
+    parts = _parts(row_tiles, columns, tile)
+    tiles = row_tiles * sum(part.count for part in parts)
     ctas = min(tiles, SMS)
     ratio = 2 if activation else 1
-    out_columns = tile.columns // ratio
     # The epilogue goes through shared memory in chunks of columns, the next being written while one is stored.
-    chunk = max(c for c in range(8, 65, 8) if out_columns % c == 0)
-    if activation or (out_columns > 64 and out_columns % 32 == 0):
+    common = math.gcd(*(part.width // ratio for part in parts))
+    chunk = max(c for c in range(8, 65, 8) if common % c == 0)
+    if activation or (tile.columns > 64 and common % 32 == 0):
         chunk = 32
-    chunks = out_columns // chunk
-    buffers = 1 if saving else min(chunks, 2)  # what is saved goes through a third one, twice as wide
+    buffers = 1 if saving else min(tile.columns // ratio // chunk, 2)  # what is saved: a third, twice as wide
     loaded_rows = min(tile.rows, -(-rows // 8) * 8)
     stored_rows = min(group_rows, -(-rows // 8) * 8) if groups == 1 else group_rows
     out_size = jnp.dtype(out_dtype).itemsize
@@ -217,10 +238,8 @@ def _kernel(
         def scoped(x_s, w_s, out_s, full, empty, residual_s=None, residual_bar=None, saved_s=None):
             group = lax.axis_index("wg")
             cta = lax.axis_index("cta")
-            count = lax.div(jnp.int32(tiles - 1) - cta, jnp.int32(ctas)) + 1 if tiles > ctas else 1
 
-            def origin(local):
-                at = cta + local * ctas
+            def origin(at, column_tiles):
                 if row_tiles == 1:
                     return 0, at
                 # Row tiles vary fastest, a band of them at a time: what CTAs that run together read stays in L2.
@@ -229,14 +248,35 @@ def _kernel(
                 within = at - band * (tile.band * column_tiles)
                 return band * tile.band + lax.rem(within, height), lax.div(within, height)
 
+            def stage_of(part, slot):
+                whole = w_s.at[slot]
+                return whole if part.width == tile.columns else whole.at[:, pl.ds(0, part.width), :]
+
+            def for_each_tile(do):
+                """do(part, n, row tile, column tile of the part) for this CTA's tiles, n counting them; how many."""
+                begun = done = 0
+                for part in parts:
+                    part_tiles = row_tiles * part.count
+                    # The CTAs that the part before left idle in its last round come first.
+                    first = lax.rem(cta + -begun % ctas, jnp.int32(ctas)) if begun else cta
+                    count = 1
+                    if part_tiles != ctas:
+                        count = lax.div(jnp.int32(part_tiles - 1 + ctas) - first, jnp.int32(ctas))
+
+                    def each_tile(local, _, part=part, first=first, done=done):
+                        do(part, done + local, *origin(first + local * ctas, part.count))
+                        return ()
+
+                    lax.fori_loop(0, count, each_tile, ())
+                    begun, done = begun + part_tiles, done + count
+                return done
+
             @pl.when(group == groups)
             def _produce():
                 if groups > 1:
                     plgpu.set_max_registers(40, action="decrease")
 
-                def each_tile(local, _):
-                    row, column = origin(local)
-
+                def load(part, local, row, column):
                     def each_step(i, _):
                         step = local * steps + i
                         slot = lax.rem(step, jnp.int32(stages))
@@ -247,9 +287,11 @@ def _kernel(
 
                         plgpu.copy_gmem_to_smem(
                             w_g.at[
-                                pl.ds(i * k_blocks, k_blocks), pl.ds(column * tile.columns, tile.columns), :
+                                pl.ds(i * k_blocks, k_blocks),
+                                pl.ds(part.begin + column * part.width, part.width),
+                                :,
                             ],
-                            w_s.at[slot],
+                            stage_of(part, slot),
                             full.at[slot],
                         )
                         to = (
@@ -265,9 +307,8 @@ def _kernel(
                         return ()
 
                     lax.fori_loop(0, steps, each_step, ())
-                    return ()
 
-                lax.fori_loop(0, count, each_tile, ())
+                count = for_each_tile(load)
                 if interpreted:
                     drain(empty, stages, count * steps)
 
@@ -276,12 +317,13 @@ def _kernel(
                 if groups > 1:
                     plgpu.set_max_registers(REGISTERS[groups], action="increase")
 
-                def each_tile(local, _):
-                    row, column = origin(local)
+                def compute(part, local, row, column):
+                    chunks = part.width // ratio // chunk
+                    first_column = part.begin // ratio + column * (part.width // ratio)
 
                     def where(j):
                         rows = pl.ds(row * tile.rows + group * group_rows, stored_rows)
-                        return rows, pl.ds(column * out_columns + j * chunk, chunk)
+                        return rows, pl.ds(first_column + j * chunk, chunk)
 
                     def live(buffer):
                         return buffer if stored_rows == group_rows else buffer.at[pl.ds(0, stored_rows), :]
@@ -293,7 +335,7 @@ def _kernel(
                         )
 
                     if has_residual:
-                        for j in range(buffers):
+                        for j in range(min(buffers, chunks)):
                             load_residual(j)
 
                     def accumulate(acc):
@@ -307,7 +349,8 @@ def _kernel(
                                     pl.ds(group * group_rows, group_rows),
                                     pl.ds(block * K_BLOCK, K_BLOCK),
                                 ]
-                                plgpu.wgmma(acc, left, w_s.at[slot, block].transpose((1, 0)))
+                                right = stage_of(part, slot).at[block].transpose((1, 0))
+                                plgpu.wgmma(acc, left, right)
                             plgpu.wgmma_wait(k_blocks)  # the step before this one is done: its stage is free
 
                             @pl.when(i > 0)
@@ -321,14 +364,14 @@ def _kernel(
                         plgpu.barrier_arrive(empty.at[lax.rem(local * steps + steps - 1, jnp.int32(stages))])
                         return value
 
-                    sums = pl.run_scoped(accumulate, plgpu.ACC((group_rows, tile.columns), jnp.float32))
+                    sums = pl.run_scoped(accumulate, plgpu.ACC((group_rows, part.width), jnp.float32))
                     for j in range(chunks):
                         at = group * buffers + j % buffers
                         if saving:
                             plgpu.wait_smem_to_gmem(min(j, 1), wait_read_only=True)
                             saved_s[group] = sums[:, 2 * j * chunk : 2 * (j + 1) * chunk].astype(dtype)
                             plgpu.commit_smem()
-                            both = pl.ds(column * tile.columns + 2 * j * chunk, 2 * chunk)
+                            both = pl.ds(part.begin + column * part.width + 2 * j * chunk, 2 * chunk)
                             plgpu.copy_smem_to_gmem(live(saved_s.at[group]), saved_g[0].at[where(j)[0], both])
                         if activation:
                             gate = sums[:, 2 * j * chunk : (2 * j + 1) * chunk]
@@ -351,9 +394,8 @@ def _kernel(
                         plgpu.copy_smem_to_gmem(live(out_s.at[at]), out_g.at[where(j)])
                         if has_residual and j + buffers < chunks:
                             load_residual(j + buffers)
-                    return ()
 
-                lax.fori_loop(0, count, each_tile, ())
+                for_each_tile(compute)
                 plgpu.wait_smem_to_gmem(0)
 
         operand = _transforms(K_BLOCK, 2)

@@ -17,11 +17,13 @@ class Tile:
     columns: int
     """Columns per CTA (gate and up columns together in a gated product)."""
     depth: int = 64
-    """k per pipeline stage: 64 or 128."""
+    """k per pipeline stage: 64, 128 or 256."""
     row_groups: int = 1
     """Consumer warpgroups, each with rows / row_groups rows."""
     band: int = 16
     """Row tiles that go through all columns together, so that what they read stays in L2."""
+    tail: int = 0
+    """Columns per CTA of what fills no whole round of the SMs; 0: as in the rounds."""
 
 
 ROW_BUCKETS = (8, 64, 128, 192, 256, 512, 1024, 2048, 8192)
