@@ -5,8 +5,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 LIBTPU := .venv/libtpu
 CUDA := .venv/cuda
+OTHER_JAX := .venv/other-jax
+OTHER_JAX_TESTS := golden engine sm90_attention sm90_backward sm90_matmul tpu_matmul tpu_rms_norm
 
-.PHONY: help setup demo test test-slow check bench docs lock clean
+.PHONY: help setup demo test test-slow test-other-jax check bench docs lock clean
 help:
 	@echo "make demo       answers a few prompts with SmolLM2-135M and proves that the bits do not move"
 	@echo "make test       lint, types and tests (about 15 minutes on two cores)"
@@ -33,6 +35,11 @@ $(CUDA)/.ready: requirements-cuda.lock .venv/.ready
 	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(CUDA) -r requirements-cuda.lock
 	@touch $@
 
+# Seen in the place of the locked one by what has it in its PYTHONPATH.
+$(OTHER_JAX)/.ready: requirements-other-jax.lock .venv/.ready
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(OTHER_JAX) -r requirements-other-jax.lock
+	@touch $@
+
 demo: setup
 	@$(BIN)/jaxdet demo
 
@@ -44,6 +51,9 @@ test: check $(LIBTPU)/.ready
 
 test-slow: setup $(LIBTPU)/.ready $(CUDA)/.ready
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu"
+
+test-other-jax: setup $(OTHER_JAX)/.ready
+	PYTHONPATH=$(CURDIR)/$(OTHER_JAX) $(BIN)/pytest -n 2 -m "not slow and not gpu" $(addprefix tests/test_,$(addsuffix .py,$(OTHER_JAX_TESTS)))
 
 bench: setup
 	$(BIN)/python benchmarks/generate.py
@@ -59,6 +69,8 @@ lock:
 		--no-emit-find-links --no-annotate --custom-compile-command "make lock" --quiet -o requirements-tpu.lock
 	uv pip compile --group gpu-aot --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --no-annotate --custom-compile-command "make lock" --quiet -o requirements-cuda.lock
+	uv pip compile --group other-jax --no-deps --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --no-annotate --custom-compile-command "make lock" --quiet -o requirements-other-jax.lock
 
 clean:
 	rm -rf .venv dist build out site .pytest_cache .ruff_cache .hypothesis

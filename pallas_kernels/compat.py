@@ -1,5 +1,6 @@
 """The only module that names unstable jax.experimental APIs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,9 +32,11 @@ __all__ = [
     "pl",
     "plgpu",
     "pltpu",
+    "reaching_past",
     "reduce_columns",
     "require_hopper",
     "reset_compilation_cache",
+    "store",
     "store_part",
     "store_turned",
     "tpu_interpreter",
@@ -116,6 +119,28 @@ def fused_multiply_add(a, b, c, layout):
         return x._pointwise(mlir_math.fma, y, z)
 
     return fma(a, b, c)
+
+
+def reaching_past(ref, *index):
+    """`ref.at[index]` with a range that may reach past the end, where a Mosaic GPU copy fills in zeros.
+
+    From jax 0.12 on, `at` refuses ranges of which it knows that.
+    """
+    part = ref.at[tuple(slice(None) if isinstance(i, pl.Slice) else i for i in index)]
+    *others, inside = part.transforms
+    whole = inside.indices[len(index) :]
+    given = (i if isinstance(i, pl.Slice) else j for i, j in zip(index, inside.indices, strict=False))
+    return dataclasses.replace(
+        part, transforms=(*others, dataclasses.replace(inside, indices=(*given, *whole), validate=False))
+    )
+
+
+def store(x, ref):
+    """`ref[...] = x` to device memory in stores of any width; from jax 0.12 on, others fill whole cache lines."""
+    if interpreting() or not hasattr(plgpu, "store"):
+        ref[...] = x
+    else:
+        plgpu.store(ref, x, optimized=False)
 
 
 def store_part(x, layout, ref, *ranges):

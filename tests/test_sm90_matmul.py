@@ -193,7 +193,9 @@ def test_every_tile_lowers_for_cuda(tile):
     product.trace(x, packed).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize(("rows", "copies"), [(9, True), (40, False), (96, False), (130, True), (192, True)])
+@pytest.mark.parametrize(
+    ("rows", "copies"), [(1, False), (9, True), (40, False), (96, False), (130, True), (192, True)]
+)
 def test_part_of_a_tile_lowers_for_cuda(rows, copies):
     """Multiples of 8 within one tile are neither padded nor cut; `copies` says whether others are."""
     x, w, residual = (

@@ -23,6 +23,7 @@ from pallas_kernels.compat import (
     interpreting,
     pl,
     plgpu,
+    reaching_past,
     store_part,
     store_turned,
 )
@@ -154,7 +155,7 @@ def _kernel(shape, dtype, scale, window, soft_cap, interpreted):
                     plgpu.copy_gmem_to_smem(source.at[*where, part], tiles.at[slot, part], full.at[slot])
 
         def load_queries(local, sequence):
-            part = q_g.at[sequence, kv_head_of(local), pl.ds(0, loaded)]
+            part = reaching_past(q_g, sequence, kv_head_of(local), pl.ds(0, loaded))
             plgpu.copy_gmem_to_smem(part, q_s.at[pl.ds(0, loaded)], q_bar)
 
         def empty():

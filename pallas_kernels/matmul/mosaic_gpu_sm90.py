@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import drain, interpreting, pl, plgpu, require_hopper
+from pallas_kernels.compat import drain, interpreting, pl, plgpu, reaching_past, require_hopper
 from pallas_kernels.matmul.tuning_sm90 import Tile
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
 
@@ -300,7 +300,7 @@ def _kernel(
                             else x_s.at[slot, pl.ds(0, loaded_rows), :]
                         )
                         plgpu.copy_gmem_to_smem(
-                            x_g.at[pl.ds(row * tile.rows, loaded_rows), pl.ds(i * depth, depth)],
+                            reaching_past(x_g, pl.ds(row * tile.rows, loaded_rows), pl.ds(i * depth, depth)),
                             to,
                             full.at[slot],
                         )
