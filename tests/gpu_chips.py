@@ -12,8 +12,6 @@ import pytest
 from jax.experimental import topologies
 from tpu_chips import nothing_kept
 
-from jaxdet.engine.step import Step
-
 FOLDER = Path(sys.prefix) / "cuda"
 """Out of Python's sight, as libtpu is."""
 
@@ -71,23 +69,6 @@ CHIPS = {
     "A100": Chip("NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, 40, 1555, 40, 164, 2048),
     "H200": Chip("NVIDIA H200", (9, 0), 132, 1.98, 141, 4800, 50, 228, 2048),
 }
-
-
-def compiler(step: Step, chip: str, only: str = "") -> Step:
-    """A twin whose methods, given shapes, compile their program for the chip into `step.programs`.
-
-    Args:
-        only: the name of those to compile; all of them by default.
-    """
-
-    def compile_(name, key, *args, told=None, **static):
-        if only not in ("", name):
-            return
-        program = step._program(name, *args, told=told, **static)
-        function = functools.partial(program.function, **program.static)
-        step._programs[name, key] = compile_for(chip, function, *program.args, jit=program.jit)
-
-    return step._twin(compile_)
 
 
 def compile_for(

@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from gpu_chips import compile_for, compiler, needs_plugin
+from engine_programs import compile_programs
+from gpu_chips import compile_for, needs_plugin
 
 from jaxdet.engine.buckets import Bucket, Buckets
 from jaxdet.engine.engine import Engine
@@ -68,8 +69,7 @@ def compiled(chip, family, dtype, *, kind="xla", only=""):
     )
     sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 640, "num_pages": 20, "num_scheduler_steps": 4}
     engine = Engine(model, salt="", max_model_len=1024, **sizes)
-    for job in engine.wanted.jobs(lambda step: compiler(step, chip, only)):
-        job()
+    compile_programs(engine, functools.partial(compile_for, chip), only)
     return engine
 
 

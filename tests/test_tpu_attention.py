@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_rows import bits
+from tpu_rows import bits, error
 
 from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention.op import attention
@@ -89,6 +89,11 @@ def float64_reference(seq, variant):
     return np.einsum("hqk,khd->qhd", probs / probs.sum(-1, keepdims=True), v)
 
 
+def assert_close(found, exact):
+    limit = 2e-2 if found.dtype == jnp.bfloat16 else 3e-6
+    assert error("attention", found, exact) < limit
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(64, jnp.bfloat16), (128, jnp.float32)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decode_prefill_and_chunks_agree(variant, dim, dtype):
@@ -99,10 +104,22 @@ def test_decode_prefill_and_chunks_agree(variant, dim, dtype):
     for position in EDGES:
         one = step(variant, [seq], [position], [position + 1], [table], decode=True)[0]
         np.testing.assert_array_equal(one, whole[position : position + 1])
-    found = whole.view(dtype).astype(np.float64)
-    exact = float64_reference(seq, variant)
-    limit = 2e-2 if dtype == jnp.bfloat16 else 3e-6
-    assert np.abs(found - exact).max() / np.abs(exact).max() < limit
+    assert_close(whole.view(dtype), float64_reference(seq, variant))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("dim", "variant"), [(96, "plain"), (256, "window_and_cap")])
+def test_other_head_dims_agree_too(dim, variant, dtype):
+    """Pages that lie transposed though they are wide, and the widest."""
+    seq, table = sequence(0, 4, dim, dtype), [1, 2, 3]
+    whole = prefill(variant, seq, table)
+    np.testing.assert_array_equal(prefill(variant, seq, table, 77), whole)
+    for batch in ([0], [127, 128, 299]):
+        beside = [seq] * len(batch), batch, [position + 1 for position in batch]
+        tables = [[1, 2, 3], [4, 5, 6], [7, 8, 0]][: len(batch)]
+        for one, position in zip(step(variant, *beside, tables, decode=True), batch, strict=True):
+            np.testing.assert_array_equal(one[0], whole[position])
+    assert_close(whole.view(dtype), float64_reference(seq, variant))
 
 
 @pytest.mark.parametrize("heads", [2, 6, 14, 130], ids=lambda h: f"group{h // KV_HEADS}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_rows import POOL, assert_rows_independent, bits, random
+from tpu_rows import POOL, assert_rows_independent, bits, error, random
 
 from pallas_kernels.compat import tpu_interpreter
 from pallas_kernels.matmul import mosaic_tpu
@@ -25,9 +25,7 @@ def short_blocks(monkeypatch):
 
 
 def assert_close(found, exact, depth):
-    scale = np.abs(exact).max()
-    limit = jnp.finfo(found.dtype).eps / 2 + 1e-7 * depth**0.5
-    assert np.abs(np.asarray(found, np.float64) - exact).max() <= limit * scale
+    assert error("matmul", found, exact) <= jnp.finfo(found.dtype).eps / 2 + 1e-7 * depth**0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,6 +55,20 @@ def test_epilogues(dtype):
         found = f(pool)
     wide = pool.astype(np.float64)
     assert_close(found, wide[:, :k] @ w.astype(np.float64) + bias + wide[:, k:], k)
+
+
+@pytest.mark.parametrize(("dtype", "k"), [(jnp.bfloat16, 12288), (jnp.float32, 4096)])
+def test_rows_never_matter_at_the_sizes_that_tpus_run(dtype, k, monkeypatch):
+    """Blocks of k and tiles of columns as they are, of Qwen3-8B's depths; more than one of each."""
+    monkeypatch.undo()
+    n = 600
+    assert -(-k // mosaic_tpu.block_k(k, dtype)) >= 4 and n > mosaic_tpu.COLUMN_TILE
+    w, pool = random(1, (k, n), dtype), random(0, (POOL, k), dtype)
+    f = jax.jit(functools.partial(matmul, packed=pack(w, TPU), n=n, backend=TPU))
+    with tpu_interpreter():
+        assert_rows_independent(f, pool[:2], (130,))
+        found = f(pool)
+    assert_close(found, pool.astype(np.float64) @ w.astype(np.float64), k)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

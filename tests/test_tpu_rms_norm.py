@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_rows import POOL, assert_rows_independent, random
+from tpu_rows import POOL, assert_rows_independent, error, random
 
 from pallas_kernels.compat import tpu_interpreter
 from pallas_kernels.rms_norm.op import rms_norm
@@ -25,6 +25,7 @@ def test_rows_never_matter(size, dtype):
     wide = pool.astype(np.float64)
     exact = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * weight.astype(np.float64)
     assert found.dtype == dtype
+    error("rms_norm", found, exact)
     limit = 5e-7 + jnp.finfo(dtype).eps / 2
     assert (np.abs(np.asarray(found, np.float64) - exact) <= limit * np.abs(exact) + 1e-7).all()
 

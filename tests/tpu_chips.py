@@ -5,9 +5,9 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -32,6 +32,7 @@ class Compiled(NamedTuple):
     """A program for a TPU and the seconds that its compilation took."""
 
     program: jax.stages.Compiled
+    lowered: jax.stages.Lowered
     seconds: float
 
     @property
@@ -39,17 +40,22 @@ class Compiled(NamedTuple):
         """The optimised HLO."""
         return self.program.as_text() or ""
 
+    @property
+    def unoptimised(self) -> str:
+        """HLO before XLA changes anything, with the source of every op."""
+        return self.lowered.as_text("hlo", debug_info=True)
 
-def compile_for(chip: str, function, *operands, donate_argnums=()) -> Compiled:
-    """Compiles `function` of abstract `operands` for one device of `chip`."""
+
+def compile_for(chip: str, function: Callable, *operands: Any, jit: Callable = jax.jit) -> Compiled:
+    """Compiles `function` of operands, or of their shapes, for one device of `chip`."""
     device = _device(chip)
     place = jax.sharding.SingleDeviceSharding(device)
     operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands)
     started = time.perf_counter()
     with pretending(chip), nothing_kept():
-        traced = jax.jit(function, donate_argnums=donate_argnums).trace(*operands)
-        program = traced.lower(lowering_platforms=("tpu",)).compile()
-    return Compiled(program, time.perf_counter() - started)
+        lowered = jit(function).trace(*operands).lower(lowering_platforms=("tpu",))
+        program = lowered.compile()
+    return Compiled(program, lowered, time.perf_counter() - started)
 
 
 @contextlib.contextmanager

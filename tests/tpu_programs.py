@@ -39,7 +39,8 @@ class Program:
     donated: tuple[int, ...] = ()
 
     def compile(self, chip: str) -> Compiled:
-        return compile_for(chip, self.function, *self.operands, donate_argnums=self.donated)
+        jit = functools.partial(jax.jit, donate_argnums=self.donated)
+        return compile_for(chip, self.function, *self.operands, jit=jit)
 
 
 def shape(*dims: int, dtype=BF16) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,14 @@ def random(seed, shape, dtype):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+def error(what, found, exact):
+    """The largest error relative to the largest value of `exact`, float64; `pytest -s` shows it."""
+    found = np.asarray(found)
+    worst = np.abs(found.astype(np.float64) - exact).max() / np.abs(exact).max()
+    print(f"\nerror of {what} in {found.dtype}: {worst:.1e}")
+    return worst
+
+
 def assert_rows_independent(f, pool, counts=ROWS):
     """Rows of `pool` at random places among hostile ones, in batches of any size, keep the bits they have alone."""
     alone = np.concatenate([bits(f(pool[i : i + 1])) for i in range(len(pool))])

@@ -70,19 +70,23 @@ class Finding:
         )
 
 
-def copies(program: Program, at_least: int = AT_LEAST) -> Iterator[Finding]:
+def copies(program: Program, at_least: int = AT_LEAST, *, of_arguments: bool = False) -> Iterator[Finding]:
     """Ops of an optimised program that only move data, fusions of such ops too; a gather is a lookup, no copy.
 
     Args:
         at_least: bytes that must be both read and written to count.
+        of_arguments: only those of the program's arguments, such as weights, and of the cache in any state.
     """
+    cache = _cache_parts(program)
     for computation in program.loose:
         for op in computation.values():
             if op.opcode.endswith("-start") or ON_CHIP in op.shape:
                 continue
             start = computation.operands(op)[0] if op.opcode.endswith("-done") else op
             read = sum(o.size for o in computation.operands(start) if not _filled(computation, o))
-            if min(op.size, read) >= at_least and _only_moves(program, start):
+            if min(op.size, read) < at_least or not _only_moves(program, start):
+                continue
+            if not of_arguments or _moves_arguments(program, computation, start, cache):
                 yield Finding(op, f"copies {op.size / 2**20:.1f} MB")
 
 
@@ -92,14 +96,33 @@ def misplaced(program: Program, at_least: int = AT_LEAST) -> Iterator[Finding]:
     Args:
         at_least: bytes from which a result counts.
     """
-    parameters = [op for op in program.entry.values() if op.opcode == "parameter"]
-    cache = {op.arrays[0] for op in parameters if op.source.startswith("cache")}
+    cache = _cache_parts(program)
     results = [("", program.result)]
     if program.result.opcode == "tuple":
         results = [(str(i), program.entry[name]) for i, name in enumerate(program.result.operands)]
     for index, op in results:
         if op.size >= at_least and op.arrays[0] in cache and index not in program.aliased:
             yield Finding(op, "is returned, and not written in the place of the cache")
+
+
+def _cache_parts(program: Program) -> set[tuple[str, tuple[int, ...]]]:
+    """(dtype, dimensions) of the argument `cache`."""
+    parameters = (op for op in program.entry.values() if op.opcode == "parameter")
+    return {op.arrays[0] for op in parameters if op.source.startswith("cache")}
+
+
+def _moves_arguments(program: Program, computation: Computation, op: Op, cache: set) -> bool:
+    """Whether nothing but moves lies between `op` and an argument, or something as large as a part of the cache."""
+    parts = {(dtype, *sorted(dims)) for dtype, dims in cache}  # pages may lie transposed
+    pending = computation.operands(op)
+    while pending:
+        source = pending.pop()
+        dtype, dims = source.arrays[0]
+        if source.opcode == "parameter" or (len(source.arrays) == 1 and (dtype, *sorted(dims)) in parts):
+            return True
+        if _plain(source) in MOVES or _only_moves(program, source):
+            pending += computation.operands(source)
+    return False
 
 
 def _filled(computation: Computation, op: Op) -> bool:
@@ -330,7 +353,10 @@ def lint(
     read = {name: Program(p if isinstance(p, str) else p.as_text() or "") for name, p in programs.items()}
     findings = []
     for name, program in read.items():
-        order, moves = unpinned(program), copies(program, at_least) if program.optimised else ()
+        # A TPU's XLA brings a prompt's queries into tiles, and results from VMEM to HBM: as large as the step is.
+        of_arguments = backend == "mosaic_tpu"
+        moves = copies(program, at_least, of_arguments=of_arguments) if program.optimised else ()
+        order = unpinned(program)
         place = misplaced(program, at_least)
         if backend == "xla":
             order = (f for f in order if not _is_dot(f.op))
@@ -346,8 +372,10 @@ def lint_step(step: Step) -> Report:
         functions.setdefault(function, {})[f"{function} {key}"] = program
     report = Report({}, [])
     for function, programs in functions.items():
-        # The raw logits stay, beside the adjusted ones, for the logprobs: a copy is what is asked for.
-        at_least = sys.maxsize if function == "adjust" else AT_LEAST
+        # The raw logits stay, beside the adjusted ones, for the logprobs: a copy is what is asked for. A TPU's XLA lays
+        # a batch's logits out by columns to spread the bits of what is allowed.
+        turned = step.backend == "mosaic_tpu" and function == "restrict"
+        at_least = sys.maxsize if function == "adjust" or turned else AT_LEAST
         found = lint(programs, step.backend, at_least=at_least, tiles=step.tiles)
         report.programs |= found.programs
         report.findings += found.findings
