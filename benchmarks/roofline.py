@@ -6,6 +6,7 @@ python benchmarks/roofline.py
 from pathlib import Path
 
 from jaxdet.models.registry import family_of
+from jaxdet.roofline import tpu
 from jaxdet.roofline.chips import CHIPS, GIB, MIB
 from jaxdet.roofline.step import LABEL, UTILIZATION, Decode, Estimate, Expected, Prefill, expect
 from jaxdet.testing import QWEN3_8B, SMOLLM2
@@ -15,6 +16,8 @@ CONTEXT = 1024
 WORKS = (*(Decode(rows, CONTEXT) for rows in (1, 8, 64, 256)), Prefill(2048))
 DETAILED = (Decode(64, CONTEXT), Prefill(2048))
 NAMES = ("v5e", "v6e")
+SAMPLED = (1, 8, 64, 256)
+"""Rows of logits."""
 
 PAGE = Path(__file__).with_name("roofline-tpu.md")
 
@@ -26,7 +29,9 @@ A kernel is given the longest of three times: its bytes at HBM's bandwidth, bloc
 dots on the matrix unit, each padded to the unit's edge, two small ones never sharing it; its elementwise operations on
 the vector unit, whose rate is published for v5p, derived for v5e and assumed for v6e. Kernels follow one another.
 Nothing is counted for launches, for a kernel's first fetch, for latencies or for the host, so a step takes longer,
-a small model's much longer. bfloat16; decode at {CONTEXT} tokens of context; greedy sampling.
+a small model's much longer. bfloat16; decode at {CONTEXT} tokens of context; greedy sampling in the steps.
+"sample, drawn" has temperature, top-k and top-p in every row; "top logprobs" is XLA's search for the most likely
+tokens, of which only three passes over the logits are counted.
 
 "Matrix use" is the share of the matrix unit's work that is no padding. A decode step's rows are padded to 128 and
 an attention tile's to about 64 by design: where HBM is the bound, padding costs nothing.
@@ -52,7 +57,30 @@ def page() -> str:
         for work in DETAILED:
             of = [step for step in steps if step.work == work]
             lines += ["", f"### {model}, {work}, one call of each kernel", *kernel_table(of)]
+        lines += [
+            "",
+            f"### {model}, sampling and log-probabilities, one call",
+            *sampling_table(config.vocab_size),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def sampling_table(vocab: int) -> list[str]:
+    """For every TPU, not only those of the other tables."""
+    chips = [chip for chip in CHIPS if chip.platform == "tpu"]
+    lines = [
+        "| kernel | rows | blocks | MB | vector Mop | "
+        + " | ".join(f"expected µs {c.name}, bound" for c in chips)
+        + " |",
+        "|---" * (5 + len(chips)) + "|",
+    ]
+    for rows in SAMPLED:
+        for k in (tpu.sample(rows, vocab), tpu.draw(rows, vocab), *tpu.token_logprobs(rows, vocab)):
+            cells = [k.name, str(rows), k.blocks or "–", f"{k.bytes / 1e6:,.2f}"]
+            cells.append(f"{k.vector / 1e6:,.1f}" if k.vector else "–")
+            cells += [chip_cells(Estimate(k, chip))[1] for chip in chips]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def step_table(steps: list[Expected]) -> list[str]:

@@ -25,8 +25,18 @@ CONTEXT = PROMPT + WARM_UP + ROUNDS * STEPS // 2
 """Tokens of a decoding sequence in the middle of what is timed."""
 
 
+LOGPROBS = 5
+"""Most likely tokens, where log-probabilities are asked for."""
+
+
+def decodes(batches: Sequence[int]) -> list[Decode]:
+    """Of each batch greedy steps, drawn ones, and greedy ones with log-probabilities."""
+    asked = ((False, False), (True, False), (False, True))
+    return [Decode(batch, CONTEXT, drawn, logprobs) for batch in batches for drawn, logprobs in asked]
+
+
 def measure(model: str, batches: Sequence[int]) -> list[dict[str, Any]]:
-    """Times decode steps of each batch and one prefill on the default device: random prompts, greedy.
+    """Times decode steps of each batch and one prefill on the default device, with random prompts.
 
     Returns:
         Per workload the medians of ROUNDS rounds, the bytes and operations a second that the device reached (of those
@@ -52,9 +62,7 @@ def measure(model: str, batches: Sequence[int]) -> list[dict[str, Any]]:
         compile_at_start=False,
     )
     rng = np.random.default_rng(0)
-    found: list[tuple[Work, float]] = [
-        (Decode(batch, CONTEXT), _decode_seconds(llm, batch, rng)) for batch in batches
-    ]
+    found: list[tuple[Work, float]] = [(work, _decode_seconds(llm, work, rng)) for work in decodes(batches)]
     found.append((Prefill(prompt), _prefill_seconds(llm, prompt, rng)))
     step = llm.engine.step_fn
     chip = chip_of(jax.devices()[0].device_kind)
@@ -67,7 +75,7 @@ def expected(model: str, batches: Sequence[int], platform: str) -> list[dict[str
     """What the roofline expects, in bfloat16, of every chip of a platform ("tpu" or "gpu")."""
     checkpoint = open_checkpoint(model, check_config=family_of)
     config = family_of(checkpoint.config).read_config(checkpoint.config)
-    works = [*(Decode(batch, CONTEXT) for batch in batches), Prefill(min(2048, config.max_position - 1))]
+    works = [*decodes(batches), Prefill(min(2048, config.max_position - 1))]
     chips = [chip for chip in CHIPS if chip.platform == platform]
     return [_row(config, work, chip, "bfloat16", None) for chip in chips for work in works]
 
@@ -128,11 +136,19 @@ def _row(config, work: Work, chip: Chip | None, dtype: str, seconds: float | Non
     return row
 
 
-def _decode_seconds(llm: LLM, batch: int, rng) -> float:
-    """Of one step with `batch` running sequences, scheduler, sampler and host included."""
+def _decode_seconds(llm: LLM, work: Decode, rng) -> float:
+    """Of one step with that many running sequences, scheduler, sampler and host included."""
     engine, vocab = llm.engine, llm.engine.vocab_size
-    params = SamplingParams(temperature=0, max_tokens=LONGEST - PROMPT, ignore_eos=True)
-    prompts = rng.integers(0, vocab, (batch, PROMPT)).tolist()
+    params = SamplingParams(
+        temperature=0.8 if work.drawn else 0,
+        top_k=50 if work.drawn else 0,
+        top_p=0.95 if work.drawn else 1,
+        seed=1,
+        logprobs=LOGPROBS if work.logprobs else None,
+        max_tokens=LONGEST - PROMPT,
+        ignore_eos=True,
+    )
+    prompts = rng.integers(0, vocab, (work.rows, PROMPT)).tolist()
     sequences = [s for prompt in prompts for s in engine.add(prompt, params)]
     while any(s.num_output < WARM_UP for s in sequences):
         engine.step()

@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels.attention.segment_tpu import MAX_HEAD_DIM
 from pallas_kernels.attention.segments_sm90 import BLOCK, MOST_GROUPED_HEADS
+from pallas_kernels.compat import cuda_libraries
 from pallas_kernels.numerics import GPU_ATTENTION_TILES, GPU_ROW_TILES, ROW_TILE
 from pallas_kernels.proven import ROWS
 
@@ -119,6 +120,17 @@ def platform_key() -> str:
     device = jax.devices()[0]
     kind = isa() if device.platform == "cpu" else device.device_kind.replace(" ", "-")
     return f"{device.platform}/{kind}/jaxlib-{importlib.metadata.version('jaxlib')}"
+
+
+@functools.cache
+def libraries() -> str:
+    """What else XLA's kernels come from off the CPU: libtpu, or cuBLAS, CUDA and its driver; empty on a CPU."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return ""
+    cuda = cuda_libraries() if device.platform == "gpu" else {}
+    version = device.client.platform_version.replace("\n", " ")
+    return ", ".join([version, *(f"{name} {x}" for name, x in cuda.items())])
 
 
 def rows_are_free() -> bool:

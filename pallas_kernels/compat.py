@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src.lib import cuda_versions
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith as mlir_arith
 from jax._src.lib.mlir.dialects import math as mlir_math
@@ -23,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 __all__ = [
     "add_rounded",
     "count_up",
+    "cuda_libraries",
     "drain",
     "fused_multiply_add",
     "gpu_interpreter",
@@ -41,6 +43,17 @@ __all__ = [
     "store_turned",
     "tpu_interpreter",
 ]
+
+
+def cuda_libraries() -> dict[str, int]:
+    """Versions of the CUDA libraries that JAX found, by name; none where it has no CUDA."""
+    if cuda_versions is None:
+        return {}
+    return {
+        "cublas": cuda_versions.cublas_get_version(),
+        "runtime": cuda_versions.cuda_runtime_get_version(),
+        "driver": cuda_versions.cuda_driver_get_version(),
+    }
 
 
 def gpu_interpreter():

@@ -1,5 +1,6 @@
 """The notebooks run from a clean kernel and show what they claim; their committed outputs do, too."""
 
+import ast
 import importlib
 import importlib.metadata
 import json
@@ -7,17 +8,26 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 COLAB = ROOT / "colab"
 NAMES = sorted(path.name for path in COLAB.glob("*.ipynb"))
 TOO_LARGE = 100_000
+LONGEST = 600
+"""Seconds that a notebook may take on a CPU."""
+LOCAL = re.compile(
+    r"(?<![\w.])/(?:home|root|tmp|usr|work|opt|var|Users|mnt|content)/|\bhttps?://|\blocalhost\b|pypi|C:\\\\"
+)
+"""Of the machine that ran a notebook: folders, and where it installs from."""
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -32,6 +42,11 @@ def results(notebook: nbformat.NotebookNode) -> dict:
     """What the last cell prints."""
     (output,) = code_cells(notebook)[-1].outputs
     return json.loads(output.text)
+
+
+def shown(output: nbformat.NotebookNode) -> str:
+    """What a reader sees of an output, but for its image."""
+    return output.get("text") or output.data["text/plain"]
 
 
 def digests(found: dict) -> dict:
@@ -109,7 +124,31 @@ def test_committed_outputs(name: str):
     assert all(output.get("name") != "stderr" for output in outputs)
     images = [output.data["image/png"] for output in outputs if output.output_type == "display_data"]
     assert max(map(len, images), default=0) < TOO_LARGE
+    assert [found for text in map(shown, outputs) for found in LOCAL.findall(text)] == []
     CHECKS[name](results(notebook))
+
+
+@pytest.mark.parametrize("text", ["/tmp/x/lib/a.py:21: Warning", "see https://mirror", "from pypi.example"])
+def test_traces_of_a_machine_are_found(text: str):
+    assert LOCAL.search(text) and not LOCAL.search("cpu/x86_64/avx2/jaxlib-0.11.2, 1/tmp")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("platform", "wanted"), [("cpu", {"bfloat16", "auto"}), ("gpu", {"auto"})])
+def test_models_have_a_dtype_that_old_gpus_multiply(name: str, platform: str, wanted: set[str]):
+    """`auto`, which is float16 where a GPU has no matrix units for bfloat16; plain JAX has jaxdet's."""
+    given = {"jax": SimpleNamespace(default_backend=lambda: platform)}
+    llm = SimpleNamespace(dtype="auto")
+    calls = []
+    for cell in code_cells(read(name)):
+        for node in ast.walk(ast.parse(cell.source)):
+            match node:
+                case ast.Assign(targets=[ast.Name("DTYPE")], value=value):
+                    given["DTYPE"] = eval(ast.unparse(value), given)
+                case ast.Call(func=ast.Name("LLM" | "Baseline"), keywords=keywords):
+                    calls.append({k.arg: k.value for k in keywords}.get("dtype", ast.Constant("auto")))
+    assert calls
+    assert {eval(ast.unparse(dtype), given | {"llm": llm}) for dtype in calls} <= wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,19 +162,21 @@ def test_badge(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(LONGEST + 60)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_from_a_clean_kernel(name: str, demo_model):
     committed, notebook = results(read(name)), read(name)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
+    began = time.monotonic()
     NotebookClient(
         notebook,
         kernel_name="python3",
-        timeout=1200,
+        timeout=LONGEST,
         coalesce_streams=True,
         resources={"metadata": {"path": str(COLAB)}},
     ).execute()
+    assert time.monotonic() - began < LONGEST
     found = results(notebook)
     CHECKS[name](found)
     same = ("platform", "numerics_version")
@@ -213,3 +254,14 @@ def test_install_cell_asks_for_a_restart(machine, name: str):
     machine.versions[name] = "999"
     with pytest.raises(RuntimeError, match=f"an older {name} is loaded: restart the session"):
         exec(install_cell(), {})
+
+
+def test_the_tpu_extra_brings_the_libtpu_of_this_jaxlib():
+    """As JAX's own extra pins it; ours allows JAX no other versions than the package itself does."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (jax,) = [Requirement(r) for r in project["dependencies"] if Requirement(r).name == "jax"]
+    (tpu,) = map(Requirement, project["optional-dependencies"]["tpu"])
+    assert (tpu.name, tpu.extras) == ("jax", {"tpu"})
+    assert tpu.specifier in (jax.specifier, "")
+    pinned = [Requirement(r) for r in importlib.metadata.requires("jax") or () if r.startswith("libtpu")]
+    assert pinned and all({s.operator for s in r.specifier} == {"=="} for r in pinned)

@@ -163,6 +163,66 @@ def test_other_blocks_are_the_kernels_own():
     assert tpu.sample(12, 49152 + 5).blocks == f"8 × {49 * 1024}"
 
 
+MOVES = {"broadcast_in_dim", "convert_element_type", "iota", "get", "swap", "jit", "bitcast_convert_type"}
+
+
+def swept(program) -> int:
+    """Elementwise operations on whole chunks of rows in a Pallas call, as often as its loops run them; one block's."""
+
+    def visit(jaxpr) -> int:
+        count = 0
+        for equation in jaxpr.eqns:
+            name, params = equation.primitive.name, equation.params
+            inner = sum(visit(part) for part in jaxprs_in_params(params))
+            count += inner * (params["length"] if name == "scan" else 1)
+            whole = any(getattr(x.aval, "shape", None) == (8, 1024) for x in equation.outvars)
+            if whole and not inner and name not in MOVES:
+                count += 8 * 1024
+        return count
+
+    return visit(jax.make_jaxpr(program.function)(*program.operands).jaxpr)
+
+
+@pytest.mark.parametrize("vocab", [3000, 49152])
+def test_sampling_is_counted_as_the_kernels_compute_it(vocab):
+    """Against the operations of their own programs: two halvings too few for both edges are more than two percent."""
+    drawn = swept(tpu_programs.sample_program(8, vocab))
+    assert tpu.draw(8, vocab).vector == pytest.approx(drawn, rel=0.02)
+    logprobs = swept(tpu_programs.logprobs_program(8, vocab))
+    assert tpu.token_logprobs(8, vocab)[0].vector == pytest.approx(logprobs, rel=0.2)
+
+
+def test_one_drawn_token_by_hand():
+    """3 × 1000: one block of 8 × 1024, 11 halvings for ids; parameters, keys and results are [8, 128] each."""
+    kernel = tpu.draw(3, 1000)
+    assert kernel.bytes == 4 * 3 * 1000 + 2 * 3 * (4 * 8 * 128)
+    edge = 3 * 33 + 6 * 11 + 7
+    assert kernel.vector == (6 + 6 + 2 * edge + 3 + 5 + 123) * 8 * 1024
+    assert Estimate(kernel, V5E).bound == "vector"
+    own, top = tpu.token_logprobs(3, 1000)
+    assert own.bytes == kernel.bytes and own.vector == 22 * 8 * 1024
+    assert top.bytes == 3 * (4 * 3 * 1000)
+    assert tpu.draw(9, 1000).vector == 2 * kernel.vector
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_a_step_draws_and_looks_up_what_was_asked_for(chip):
+    plain, drawn, logprobs = (
+        expect(SMOLLM2, work, chip)
+        for work in (Decode(8, 100), Decode(8, 100, drawn=True), Decode(8, 100, logprobs=True))
+    )
+    names = [{e.kernel.name for e in step.estimates} for step in (plain, drawn, logprobs)]
+    assert names[1] - names[0] == {"sample, drawn"} and names[0] - names[1] == {"sample, greedy"}
+    assert "token_logprobs" in names[2] - names[0] and names[0] < names[2]
+    assert plain.seconds < min(drawn.seconds, logprobs.seconds)
+    assert needed_work(SMOLLM2, logprobs.work, BF16) > needed_work(SMOLLM2, plain.work, BF16)
+    assert [str(step.work) for step in (plain, drawn, logprobs)] == [
+        "decode 8",
+        "decode 8, drawn",
+        "decode 8, logprobs",
+    ]
+
+
 def test_hopper_tiles_are_the_tuning_tables():
     kernel = sm90.matmul("x", 64, 4096, 6144, BF16)
     (dots,) = kernel.dots
@@ -183,7 +243,8 @@ def test_a_step_is_the_sum_of_its_kernels_and_grows_with_the_batch(chip, config)
         assert a.seconds < b.seconds and a.resident < b.resident
     rates = [step.tokens_per_second for step in steps if step.work.rows in (1, 2, 8, 64, 128)]
     assert rates == sorted(rates)
-    for step in (*steps, expect(config, Prefill(2048), chip)):
+    asked = [Decode(64, 1024, drawn=True), Decode(64, 1024, logprobs=True), Prefill(2048)]
+    for step in (*steps, *(expect(config, work, chip) for work in asked)):
         parts = [e.kernel.calls * max(chip.seconds(e.kernel).values()) for e in step.estimates]
         assert step.seconds == pytest.approx(sum(parts), rel=1e-12)
         assert sum(step.shares.values()) == pytest.approx(1)
@@ -247,11 +308,12 @@ def test_bench_measures_what_is_there(jaxdet, tiny, monkeypatch):
     code, out, err = jaxdet("bench", tiny[0], "--batch", 2, "--json")
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [row["workload"] for row in rows] == ["decode 2", "prefill 159"]
+    steps = ["decode 2", "decode 2, drawn", "decode 2, logprobs"]
+    assert [row["workload"] for row in rows] == [*steps, "prefill 159"]
     for row in rows:
         assert row["measured_ms"] > 0 and row["bytes_per_second"] > 0 and row["flops_per_second"] > 0
         assert "expected_ms" not in row  # no limits are known of a CPU
-        tokens = int(row["workload"].split()[-1])
+        tokens = int(row["workload"].split()[1].strip(","))
         assert row["tokens_per_second"] * row["measured_ms"] == pytest.approx(1000 * tokens)
 
 
@@ -264,6 +326,9 @@ def test_bench_without_the_device_says_what_is_expected(jaxdet, tiny):
     assert (code, err.count("\n")) == (0, 1)
     rows = [json.loads(line) for line in out.splitlines()]
     assert {row["device"] for row in rows} == {"v5e", "v5p", "v6e", "7x"}
+    for chip in ("v5e", "v5p", "v6e", "7x"):
+        shown = {row["workload"]: row["expected_ms"] for row in rows if row["device"] == chip}
+        assert shown["decode 8"] < min(shown["decode 8, drawn"], shown["decode 8, logprobs"])
     assert all(row["measured_ms"] is None and row["expected_is"] == "expected, not measured" for row in rows)
 
 
@@ -284,13 +349,14 @@ def test_bench_errors_are_one_line(jaxdet, tiny, arguments, says):
 
 def test_measured_stands_beside_expected(tiny, monkeypatch):
     """On a chip that is known: here this machine passes for one."""
-    monkeypatch.setattr(bench, "_decode_seconds", lambda llm, batch, rng: 1.0)
+    monkeypatch.setattr(bench, "_decode_seconds", lambda llm, work, rng: 3.0 if work.drawn else 1.0)
     monkeypatch.setattr(bench, "_prefill_seconds", lambda llm, tokens, rng: 2.0)
     fast = dataclasses.replace(V5E, backend="xla", kinds=(jax.devices()[0].device_kind,))
     monkeypatch.setattr(bench, "chip_of", lambda kind: fast if kind in fast.kinds else None)
     monkeypatch.setitem(BACKENDS, "xla", tpu)
     rows = bench.measure(str(tiny[0]), [1])
-    assert [row["measured_ms"] for row in rows] == [1000, 2000]
+    assert [row["measured_ms"] for row in rows] == [1000, 3000, 1000, 2000]
+    assert rows[0]["expected_ms"] < rows[1]["expected_ms"]
     assert all(0 < row["expected_ms"] < 1 for row in rows)
     headings = [str(column.header) for column in bench.render(rows).columns]
     assert {"measured ms", "expected ms", "measured / expected"} <= set(headings)

@@ -8,7 +8,7 @@ import secrets
 
 from jaxdet import certificates
 from jaxdet.llm import LLM
-from pallas_kernels.backend import platform_key
+from pallas_kernels.backend import libraries, platform_key
 from pallas_kernels.numerics import NUMERICS_VERSION
 
 
@@ -18,15 +18,17 @@ def fingerprint(llm: LLM) -> str:
     Where `jaxdet verify` found values that differ, or a device that the project doesn't test was never verified, no two
     engines have the same one.
     """
-    if not certificates.claimed(llm.name, llm.engine.step_fn.backend, llm.dtype):
+    step = llm.engine.step_fn
+    if not certificates.claimed(llm.name, step.backend, llm.dtype, step.tiles):
         return f"uncertified_{secrets.token_hex(16)}"
     tokenizer = llm.tokenizer
     grammars = importlib.util.find_spec("llguidance") and importlib.metadata.version("llguidance")
     facts = {
         "weights": llm.weights_digest,
         "numerics_version": NUMERICS_VERSION,
-        "backend": llm.engine.step_fn.backend,
+        "backend": step.backend,
         "platform": platform_key(),
+        "libraries": "" if step.backend == "mosaic_gpu" else libraries(),  # whose kernels call none
         "dtype": llm.dtype,
         "seed": llm.engine.seed,
         "max_model_len": llm.max_model_len,

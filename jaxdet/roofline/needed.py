@@ -11,6 +11,9 @@ from jaxdet.roofline.kernel import Kernel
 NORM_OPS, ROPE_OPS, SCORE_OPS, OUT_OPS, SAMPLE_OPS = 6, 8, 10, 4, 6
 """Elementwise operations: an element of a normalised row, of a rotated head, a score, an element of an attention
 output a block of keys, a logit."""
+SCALE_OPS, NOISE_OPS, LOGPROB_OPS = 6, 123, 16
+"""More of a logit: divided by the temperature and cut by min-p; with its noise (20 rounds of Threefry) compared with
+the best; weighed for the sum and ranked."""
 
 
 def keys_seen(position: int, window: int | None) -> int:
@@ -72,3 +75,16 @@ def rope_cache(config: ModelConfig, tokens: int, dtype, *, scattered: bool) -> K
 def sample(rows: int, vocab: int) -> Kernel:
     """Greedy: the largest logit of every row."""
     return Kernel(name="sample, greedy", bytes=4 * rows * vocab, vector=SAMPLE_OPS * rows * vocab)
+
+
+def draw(rows: int, vocab: int) -> Kernel:
+    """Temperature, noise and the largest logit; finding the edges of top-k and top-p is the implementation's affair."""
+    greedy = sample(rows, vocab)
+    ops = SAMPLE_OPS + SCALE_OPS + NOISE_OPS
+    return Kernel(name="sample, drawn", bytes=greedy.bytes, vector=ops * rows * vocab)
+
+
+def token_logprobs(rows: int, vocab: int) -> list[Kernel]:
+    """A token's own log-probability and rank, and the most likely tokens."""
+    ops = SAMPLE_OPS + LOGPROB_OPS
+    return [Kernel(name="token_logprobs", bytes=4 * rows * vocab, vector=ops * rows * vocab)]

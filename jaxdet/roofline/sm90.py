@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jaxdet.models.config import ModelConfig
 from jaxdet.roofline import needed
 from jaxdet.roofline.kernel import Dots, Kernel
-from jaxdet.roofline.needed import rms_norm, rope_cache, sample
+from jaxdet.roofline.needed import draw, rms_norm, rope_cache, sample, token_logprobs
 from pallas_kernels.attention.decode_sm90 import CHUNK
 from pallas_kernels.attention.online_softmax_sm90 import ROWS
 from pallas_kernels.attention.segments_sm90 import BLOCK
 from pallas_kernels.matmul.mosaic_gpu_sm90 import COLUMN_ALIGN, K_BLOCK
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
 
-__all__ = ["decode", "matmul", "prefill", "rms_norm", "rope_cache", "sample"]
+__all__ = ["decode", "draw", "matmul", "prefill", "rms_norm", "rope_cache", "sample", "token_logprobs"]
 
 
 def matmul(name, rows, k, n, dtype, *, halves=1, residual=False, out_size=None) -> Kernel:

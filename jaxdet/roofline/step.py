@@ -29,9 +29,14 @@ class Decode:
 
     rows: int
     context: int
+    drawn: bool = False
+    """With temperature, top-k and top-p; greedy otherwise."""
+    logprobs: bool = False
+    """With log-probabilities of the tokens and of the most likely ones."""
 
     def __str__(self) -> str:
-        return f"decode {self.rows}"
+        asked = [name for name in ("drawn", "logprobs") if getattr(self, name)]
+        return ", ".join([f"decode {self.rows}", *asked])
 
     @property
     def tokens(self) -> int:
@@ -52,6 +57,7 @@ class Prefill:
     """One prompt, whole."""
 
     tokens: int
+    drawn = logprobs = False
 
     def __str__(self) -> str:
         return f"prefill {self.tokens}"
@@ -174,7 +180,8 @@ def kernels(config: ModelConfig, work: Work, cut: ModuleType, dtype) -> list[Ker
         *layer[3:],
         dataclasses.replace(cut.rms_norm(tokens, c.hidden_size, dtype), name="last rms_norm"),
         cut.matmul("head", work.sampled, c.hidden_size, c.vocab_size, dtype, out_size=4),
-        cut.sample(work.sampled, c.vocab_size),
+        (cut.draw if work.drawn else cut.sample)(work.sampled, c.vocab_size),
+        *(cut.token_logprobs(work.sampled, c.vocab_size) if work.logprobs else ()),
     ]
 
 

@@ -15,6 +15,11 @@ from pallas_kernels.rope_cache.mosaic_tpu import group_keys, tile_tokens
 from pallas_kernels.sample.mosaic_tpu import ROWS as SAMPLE_ROWS
 from pallas_kernels.tiles_tpu import LANES
 
+HALVINGS = 32
+"""Of the ordered keys, until the edge of top-k or top-p is found; each is a sweep of the row."""
+ABOVE_OPS, TIED_OPS, KEEP_OPS, WEIGH_OPS, TIE_OPS = 3, 6, 7, 3, 5
+"""Elementwise operations of sweeps: what lies above an edge is summed, what is tied with it and has a low id counted,
+the rest dropped; a logit becomes a mass that is summed; the mass at the edge is looked up."""
 PUT_OPS = 4
 """Elementwise operations that put one token into a group of keys: an element is widened, rotated, chosen, rounded."""
 
@@ -161,6 +166,38 @@ def sample(rows: int, vocab: int) -> Kernel:
         vector=needed.SAMPLE_OPS * round_up(rows, SAMPLE_ROWS) * width,
         blocks=f"{SAMPLE_ROWS} × {width}",
     )
+
+
+def draw(rows: int, vocab: int) -> Kernel:
+    """Rows with top-k and top-p: sweeps of blocks that stay in vector memory."""
+    ideal, greedy = needed.draw(rows, vocab), sample(rows, vocab)
+    padded, width = round_up(rows, SAMPLE_ROWS), round_up(vocab, WIDE_REDUCE_LANES)
+    edge = ABOVE_OPS * (HALVINGS + 1) + TIED_OPS * width.bit_length() + KEEP_OPS
+    sweeps = needed.SCALE_OPS + 2 * edge + WEIGH_OPS + TIE_OPS + needed.NOISE_OPS
+    return Kernel(
+        name=ideal.name,
+        bytes=ideal.bytes + _columns(padded, 3),  # parameters, keys, results
+        vector=greedy.vector + sweeps * padded * width,
+        blocks=greedy.blocks,
+    )
+
+
+def token_logprobs(rows: int, vocab: int) -> list[Kernel]:
+    """Eight rows at a time, whole; the most likely tokens are XLA's, which gets a copy with +0 in the place of −0."""
+    (ideal,) = needed.token_logprobs(rows, vocab)
+    padded, width = round_up(rows, SAMPLE_ROWS), round_up(vocab, WIDE_REDUCE_LANES)
+    own = Kernel(
+        name=ideal.name,
+        bytes=ideal.bytes + _columns(padded, 3),  # logits of the tokens, their ids, results
+        vector=(needed.SAMPLE_OPS + needed.LOGPROB_OPS) * padded * width,
+        blocks=f"{SAMPLE_ROWS} × {width}",
+    )
+    return [own, Kernel(name="top logprobs", bytes=3 * 4 * rows * vocab)]
+
+
+def _columns(rows: int, count: int) -> int:
+    """Bytes of values that each row has one of, in arrays of whole lanes; written once and read once."""
+    return 2 * 4 * count * rows * LANES
 
 
 def _cdiv(a: int, b: int) -> int:

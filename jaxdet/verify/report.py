@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxdet.files import write_whole
-from pallas_kernels.backend import platform_key
+from pallas_kernels.backend import libraries, platform_key
 from pallas_kernels.numerics import NUMERICS_VERSION
 
 PROMISES = {"I1": "batch", "I2": "path", "I3": "place", "I4": "run"}
@@ -142,6 +142,7 @@ def environment(backend: str, dtype: str) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform_key": platform_key(),
+        "libraries": libraries(),
         "numerics_version": NUMERICS_VERSION,
         "backend": backend,
         "dtype": dtype,
