@@ -13,6 +13,7 @@ help:
 	@echo "make demo       answers a few prompts with SmolLM2-135M and proves that the bits do not move"
 	@echo "make test       lint, types and tests (about 15 minutes on two cores)"
 	@echo "make test-slow  the longer tests"
+	@echo "make test-other-jax  some of the tests with the newer jax that is allowed, too"
 	@echo "make bench      jaxdet beside plain jitted JAX"
 	@echo "make docs       the documentation, in site/"
 

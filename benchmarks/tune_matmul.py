@@ -88,7 +88,7 @@ def candidates(point: Point) -> list[Tile]:
             if height // groups * width > 128 * 192:  # the accumulator must fit the registers
                 continue
             for tail in (0, 64) if width > 64 else (0,):
-                parts = matmul._parts(row_tiles, columns, Tile(height, width, tail=tail))
+                parts = matmul.parts_of(row_tiles, columns, Tile(height, width, tail=tail))
                 if tail and len(parts) == 1:
                     continue
                 # What a round costs: products at the rate of one SM, loads of a tile's operands, a fixed start.

@@ -23,8 +23,6 @@ LONGEST = PROMPT + WARM_UP + ROUNDS * STEPS + 2
 """Tokens of a decoding sequence at the end; one step more is under way."""
 CONTEXT = PROMPT + WARM_UP + ROUNDS * STEPS // 2
 """Tokens of a decoding sequence in the middle of what is timed."""
-
-
 LOGPROBS = 5
 """Most likely tokens, where log-probabilities are asked for."""
 

@@ -143,6 +143,7 @@ class LLM:
         self.tokenizer = checkpoint.tokenizer()
         """Text to token ids and back, and the chat template."""
         network = _load(checkpoint, DTYPES[dtype], backend, max_model_len)
+        certificates.say(self.name, network.backend, dtype)
         if num_scheduler_steps is None:
             num_scheduler_steps = 1 if on_cpu else steps_at_once(network)
         drafter = None
@@ -175,7 +176,6 @@ class LLM:
             num_scheduler_steps=num_scheduler_steps,
             keep_logits=keep_logits,
         )
-        certificates.say(self.name, network.backend, dtype, self.engine.step_fn.tiles)
         if not on_cpu if compile_at_start is None else compile_at_start:
             with out_of_memory(
                 f"a step of max_num_batched_tokens={max_num_batched_tokens} does not fit beside weights and KV cache; "

@@ -123,10 +123,10 @@ def platform_key() -> str:
 
 
 @functools.cache
-def libraries() -> str:
-    """What else XLA's kernels come from off the CPU: libtpu, or cuBLAS, CUDA and its driver; empty on a CPU."""
+def libraries(backend: str) -> str:
+    """What a backend's kernels come from: libtpu, or cuBLAS, CUDA and its driver; "" on a CPU and for mosaic_gpu."""
     device = jax.devices()[0]
-    if device.platform == "cpu":
+    if device.platform == "cpu" or backend == "mosaic_gpu":
         return ""
     cuda = cuda_libraries() if device.platform == "gpu" else {}
     version = device.client.platform_version.replace("\n", " ")

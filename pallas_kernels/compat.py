@@ -38,7 +38,7 @@ __all__ = [
     "reduce_columns",
     "require_hopper",
     "reset_compilation_cache",
-    "store",
+    "store_any_width",
     "store_part",
     "store_turned",
     "tpu_interpreter",
@@ -148,8 +148,8 @@ def reaching_past(ref, *index):
     )
 
 
-def store(x, ref):
-    """`ref[...] = x` to device memory in stores of any width; from jax 0.12 on, others fill whole cache lines."""
+def store_any_width(x, ref):
+    """`ref[...] = x` to device memory; jax 0.12 refuses the plain form where stores don't fill whole cache lines."""
     if interpreting() or not hasattr(plgpu, "store"):
         ref[...] = x
     else:

@@ -116,7 +116,7 @@ def test_parts_hold_every_column_once():
     ]
     for rows, columns, tile in entries + others:
         row_tiles = -(-rows // tile.rows)
-        parts = kernel._parts(row_tiles, columns, tile)
+        parts = kernel.parts_of(row_tiles, columns, tile)
         assert parts[0].begin == 0 and parts[-1].begin + parts[-1].count * parts[-1].width >= columns
         if len(parts) == 1:
             continue
@@ -150,7 +150,7 @@ def few_sms(monkeypatch):
 )
 def test_narrow_tiles_of_a_last_round(few_sms, rows, n, tile):
     """Close to float64, with all that an epilogue adds; rows don't feel their neighbours."""
-    assert len(kernel._parts(-(-rows // tile.rows), n, tile)) == 2
+    assert len(kernel.parts_of(-(-rows // tile.rows), n, tile)) == 2
     x, w, residual = _operands(rows, n=n)
     packed, bias, some = kernel.pack(w), jnp.arange(n, dtype=jnp.float32), np.array([0, rows - 1])
 
@@ -172,7 +172,7 @@ def test_narrow_tiles_of_a_last_round(few_sms, rows, n, tile):
 def test_narrow_tiles_of_a_gated_product(few_sms):
     """With what a gradient needs saved: all columns of both results."""
     tile, n = Tile(64, 128, tail=64), 224
-    assert len(kernel._parts(1, 2 * n, tile)) == 2
+    assert len(kernel.parts_of(1, 2 * n, tile)) == 2
     x, w, _ = _operands(5, n=2 * n)
     gate, up = jnp.split(w, 2, axis=1)
     with gpu_interpreter():
@@ -180,7 +180,8 @@ def test_narrow_tiles_of_a_gated_product(few_sms):
             x, kernel.pack_gated(gate, up), n=n, activation="silu", tile=tile
         )
     a, b = (np.asarray(x, np.float64) @ np.asarray(half, np.float64) for half in (gate, up))
-    for got, exact in ((y, a / (1 + np.exp(-a)) * b), (kernel.unpack_gated(kernel.pack(inner), 5, n)[0], a)):
+    saved = kernel.unpack_gated(kernel.pack(inner), 5, n)
+    for got, exact in ((y, a / (1 + np.exp(-a)) * b), (saved[0], a), (saved[1], b)):
         assert np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact) < 1e-2
 
 
@@ -188,7 +189,7 @@ def test_narrow_tiles_of_a_gated_product(few_sms):
 def test_every_tile_lowers_for_cuda(tile):
     struct = jax.ShapeDtypeStruct
     x, packed = struct((512, 4096), jnp.bfloat16), struct((64, 51200, 64), jnp.bfloat16)
-    assert len(kernel._parts(512 // min(512, tile.rows), 51200, tile)) == (2 if tile.tail else 1)
+    assert len(kernel.parts_of(512 // tile.rows, 51200, tile)) == (2 if tile.tail else 1)
     product = jax.jit(lambda x, w: kernel.matmul(x, w, n=51200, tile=tile))
     product.trace(x, packed).lower(lowering_platforms=("cuda",))
 
@@ -227,6 +228,14 @@ def test_every_tile_keeps_rows_apart_and_is_close_to_float64(tile):
     apart, full = (np.asarray(y).view(np.uint16) for y in (run(poisoned), full))
     np.testing.assert_array_equal(apart[some], full[some])
     assert (apart != full).any(), "the comparison sees the poisoned rows"
+
+
+@pytest.mark.parametrize("tail", [32, 96, 128, 192])
+def test_a_gated_tail_keeps_gate_and_up_together(tail):
+    x, w, _ = _operands(2, n=256)
+    packed = kernel.pack_gated(*jnp.split(w, 2, axis=1))
+    with pytest.raises(ValueError, match=r"tail=\d+ must be a multiple of 64 below tile.columns=128"):
+        kernel.gated_matmul(x, packed, n=128, activation="silu", tile=Tile(64, 128, tail=tail))
 
 
 def test_wrong_dtype_names_the_backend_that_works():

@@ -100,6 +100,7 @@ PLANTS = {
     "dot": (lambda w, pages: w[:256] @ w[:256].T, "sums in an order"),
     "product and sum": (lambda w, pages: w * w + w, "contract"),
     "turned weight": (lambda w, pages: w.T, "copies 60.0 MB"),
+    "turned weight behind a barrier": (lambda w, pages: jax.lax.optimization_barrier(w).T, "copies 60.0 MB"),
     "turned cache": (lambda w, pages: jnp.flip(pages, 0), "copies 24.0 MB"),
 }
 

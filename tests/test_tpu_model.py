@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tpu_rows import bits
+from tpu_rows import bits, error
 
 from jaxdet.models.layers import Batch
 from jaxdet.testing import COMMON, FAMILIES, random_model
@@ -104,6 +104,7 @@ def test_logits_are_close_to_the_xla_backends():
         with tpu_interpreter(simulate=False):
             out, _ = run.step(run.new_cache(), [(TOKENS[0], 0, [1, 2])])
         logits[backend] = out[0].view(np.float32)
-    scale = np.abs(logits["xla"]).max()
-    np.testing.assert_allclose(logits["mosaic_tpu"], logits["xla"], atol=2e-5 * scale)
+    assert (
+        error("logits, from the xla backend's", logits["mosaic_tpu"], logits["xla"].astype(np.float64)) < 2e-5
+    )
     assert (logits["mosaic_tpu"] != logits["xla"]).any(), "two backends did run"

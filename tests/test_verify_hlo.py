@@ -314,6 +314,29 @@ def test_every_program_that_the_engine_ran_is_clean(tiny):
             assert len(program.aliased) == 2
 
 
+CARRIED = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (w: f32[4096,2048], x: f32[4096,2048], n: s32[]) -> f32[2048,4096] {
+  %w = f32[4096,2048]{1,0} parameter(0), metadata={op_name="state['w']"}
+  %x = f32[4096,2048]{1,0} parameter(1), metadata={op_name="x"}
+  %n = s32[] parameter(2), metadata={op_name="n"}
+  %t = (s32[], f32[4096,2048]{1,0}, f32[4096,2048]{1,0}) tuple(%n, %w, %x)
+  %c = (s32[], f32[4096,2048]{1,0}, f32[4096,2048]{1,0}) CARRIER(%t)
+  %g = f32[4096,2048]{1,0} get-tuple-element(%c), index=INDEX
+  ROOT %y = f32[2048,4096]{1,0} transpose(%g), dimensions={1,0}
+}
+"""
+
+
+@pytest.mark.parametrize("carrier", ["while", "opt-barrier"])
+@pytest.mark.parametrize(("index", "weight"), [(1, True), (2, False)])
+def test_on_tpus_a_copy_counts_if_it_is_of_what_stays(carrier, index, weight):
+    """A weight, also once a loop or a barrier has carried it; a step's own values may be moved there, not elsewhere."""
+    text = CARRIED.replace("CARRIER", carrier).replace("INDEX", str(index))
+    assert bool(lint({"f": text}, "mosaic_tpu").findings) == weight
+    assert lint({"f": text}, "mosaic_gpu").findings
+
+
 def test_the_command_lints_what_it_compiles(tiny, monkeypatch, capsys):
     """With few buckets, for time's sake; then with a plain sum in the place of a kernel's.
 

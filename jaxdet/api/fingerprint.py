@@ -18,17 +18,17 @@ def fingerprint(llm: LLM) -> str:
     Where `jaxdet verify` found values that differ, or a device that the project doesn't test was never verified, no two
     engines have the same one.
     """
-    step = llm.engine.step_fn
-    if not certificates.claimed(llm.name, step.backend, llm.dtype, step.tiles):
+    backend = llm.engine.step_fn.backend
+    if not certificates.claimed(llm.name, backend, llm.dtype):
         return f"uncertified_{secrets.token_hex(16)}"
     tokenizer = llm.tokenizer
     grammars = importlib.util.find_spec("llguidance") and importlib.metadata.version("llguidance")
     facts = {
         "weights": llm.weights_digest,
         "numerics_version": NUMERICS_VERSION,
-        "backend": step.backend,
+        "backend": backend,
         "platform": platform_key(),
-        "libraries": "" if step.backend == "mosaic_gpu" else libraries(),  # whose kernels call none
+        "libraries": libraries(backend),
         "dtype": llm.dtype,
         "seed": llm.engine.seed,
         "max_model_len": llm.max_model_len,

@@ -1,5 +1,7 @@
 """The Hopper kernels' tiles. What several CTAs read counts once: the L2 cache serves the others."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from jaxdet.models.config import ModelConfig
@@ -9,7 +11,7 @@ from jaxdet.roofline.needed import draw, rms_norm, rope_cache, sample, token_log
 from pallas_kernels.attention.decode_sm90 import CHUNK
 from pallas_kernels.attention.online_softmax_sm90 import ROWS
 from pallas_kernels.attention.segments_sm90 import BLOCK
-from pallas_kernels.matmul.mosaic_gpu_sm90 import COLUMN_ALIGN, K_BLOCK
+from pallas_kernels.matmul.mosaic_gpu_sm90 import COLUMN_ALIGN, K_BLOCK, parts_of
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
 
 __all__ = ["decode", "draw", "matmul", "prefill", "rms_norm", "rope_cache", "sample", "token_logprobs"]
@@ -20,14 +22,14 @@ def matmul(name, rows, k, n, dtype, *, halves=1, residual=False, out_size=None) 
     ideal = needed.matmul(name, rows, k, n, dtype, halves=halves, residual=residual, out_size=out_size)
     columns, depth = _up(halves * n, COLUMN_ALIGN), _up(k, K_BLOCK)
     tile = tuned_tile(rows, k, columns)
-    width = min(tile.columns, columns)
-    count = -(-rows // tile.rows) * -(-columns // width)
+    row_tiles, width = -(-rows // tile.rows), min(tile.columns, columns)
+    parts = parts_of(row_tiles, columns, dataclasses.replace(tile, columns=width))
     padding = depth * columns - halves * k * n
     return Kernel(
         name=name,
         bytes=ideal.bytes + padding * jnp.dtype(dtype).itemsize,
         flops=ideal.flops,
-        dots=(Dots(count, tile.rows, depth, width),),
+        dots=tuple(Dots(row_tiles * part.count, tile.rows, depth, part.width) for part in parts),
         blocks=f"{tile.rows} × {width} × {tile.depth}",
     )
 

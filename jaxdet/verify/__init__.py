@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-from flax import nnx
 from tqdm import tqdm
 
 from jaxdet import certificates
 from jaxdet.baseline import Baseline
 from jaxdet.checkpoints import open_checkpoint
-from jaxdet.engine.buckets import Bucket
-from jaxdet.engine.larger_tiles import described, prove
-from jaxdet.engine.step import Step
+from jaxdet.engine.larger_tiles import described
 from jaxdet.llm import LLM
 from jaxdet.models.registry import family_of
 from jaxdet.verify.cases import SEGMENTS, long_case, request_cases, restart_case, step_cases
@@ -19,7 +16,6 @@ from jaxdet.verify.probe import MODEL_LEN, POOL, ROOM, Probe
 from jaxdet.verify.report import Case, Report, environment
 from jaxdet.verify.restart import reference_digest
 from jaxdet.verify.several_steps import several_steps_case
-from pallas_kernels.proven import ATTENTION_TILE, ROWS, Tiles
 
 __all__ = ["Case", "Report", "verify"]
 
@@ -72,26 +68,8 @@ def verify(
         plain = Baseline(checkpoint, dtype=llm.dtype, max_model_len=ROOM)
         control = list(run(control_cases(plain, probe.tokens)))
     cases.sort(key=lambda case: case.promise)
-    used, tiles = llm.engine.step_fn.backend, llm.engine.step_fn.tiles
+    used, tiles = llm.engine.step_fn.backend, described(llm.engine.step_fn.tiles)
     compared, differing = (sum(getattr(case, name) for case in cases) for name in ("compared", "differing"))
-    certificates.keep(
-        llm.name,
-        used,
-        llm.dtype,
-        compared=compared,
-        differing=differing,
-        tiles=_every_tile(llm.engine.step_fn),
-    )
-    facts = environment(used, llm.dtype) | {"larger_tiles": described(tiles)}
+    certificates.keep(llm.name, used, llm.dtype, compared=compared, differing=differing, tiles=tiles)
+    facts = environment(used, llm.dtype) | {"larger_tiles": tiles}
     return Report(llm.name, digest, cases, control, facts)
-
-
-def _every_tile(step: Step) -> Tiles:
-    """Every larger tile that an engine with this model may prove here: one with more sequences tries more than ours."""
-    model = nnx.merge(step.graph, step.state)
-    most = prove(model, [Bucket(rows=max(ROWS), tokens=ATTENTION_TILE, seqs=1)])
-    # The largest may have been too much for the memory, and all of a shape with it.
-    return Tiles(
-        tuple(dict.fromkeys(step.tiles.dots + most.dots)),
-        tuple(dict.fromkeys(step.tiles.attention + most.attention)),
-    )

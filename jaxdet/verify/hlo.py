@@ -34,6 +34,7 @@ XLA_KERNEL = re.compile(r"(?!after ).* at pallas_kernels/\w+/xla\.py:")
 # fmt: off
 COPIES = {"concatenate", "convert", "copy", "dynamic-slice", "pad", "reshape", "reverse", "slice", "transpose"}
 MOVES = COPIES | {"bitcast", "broadcast", "get-tuple-element", "tuple"}
+CARRIERS = {"call", "conditional", "dynamic-update-slice", "opt-barrier", "while"}
 EXACT = MOVES | {
     "abs", "after-all", "all-gather", "all-to-all", "async", "bitcast-convert", "call",
     "ceil", "clamp", "collective-permute", "compare", "conditional", "constant", "dynamic-update-slice",
@@ -70,12 +71,12 @@ class Finding:
         )
 
 
-def copies(program: Program, at_least: int = AT_LEAST, *, of_arguments: bool = False) -> Iterator[Finding]:
+def copies(program: Program, at_least: int = AT_LEAST, *, of_what_stays: bool = False) -> Iterator[Finding]:
     """Ops of an optimised program that only move data, fusions of such ops too; a gather is a lookup, no copy.
 
     Args:
         at_least: bytes that must be both read and written to count.
-        of_arguments: only those of the program's arguments, such as weights, and of the cache in any state.
+        of_what_stays: only those of weights, and of the cache in any state.
     """
     cache = _cache_parts(program)
     for computation in program.loose:
@@ -86,7 +87,7 @@ def copies(program: Program, at_least: int = AT_LEAST, *, of_arguments: bool = F
             read = sum(o.size for o in computation.operands(start) if not _filled(computation, o))
             if min(op.size, read) < at_least or not _only_moves(program, start):
                 continue
-            if not of_arguments or _moves_arguments(program, computation, start, cache):
+            if not of_what_stays or _moves_what_stays(program, computation, start, cache):
                 yield Finding(op, f"copies {op.size / 2**20:.1f} MB")
 
 
@@ -111,18 +112,39 @@ def _cache_parts(program: Program) -> set[tuple[str, tuple[int, ...]]]:
     return {op.arrays[0] for op in parameters if op.source.startswith("cache")}
 
 
-def _moves_arguments(program: Program, computation: Computation, op: Op, cache: set) -> bool:
-    """Whether nothing but moves lies between `op` and an argument, or something as large as a part of the cache."""
+def _moves_what_stays(program: Program, computation: Computation, op: Op, cache: set) -> bool:
+    """Whether nothing but moves lies between `op` and a weight, or something as large as a part of the cache."""
     parts = {(dtype, *sorted(dims)) for dtype, dims in cache}  # pages may lie transposed
     pending = computation.operands(op)
     while pending:
         source = pending.pop()
         dtype, dims = source.arrays[0]
-        if source.opcode == "parameter" or (len(source.arrays) == 1 and (dtype, *sorted(dims)) in parts):
+        if len(source.arrays) == 1 and (dtype, *sorted(dims)) in parts:
             return True
-        if _plain(source) in MOVES or _only_moves(program, source):
+        if source.opcode == "parameter":
+            # In a loop's body it is all that the loop carries. The table of RoPE is no weight: a v5p's XLA lays out
+            # its 2 MB anew in every step.
+            name = source.source
+            if computation is not program.entry or (
+                name.startswith(("state", "cache")) and "rope" not in name
+            ):
+                return True
+        elif source.opcode == "get-tuple-element":
+            pending += _element(computation, source)
+        elif _plain(source) in MOVES | CARRIERS or _only_moves(program, source):
             pending += computation.operands(source)
     return False
+
+
+def _element(computation: Computation, op: Op) -> list[Op]:
+    """What `op` takes out of a tuple: out of a loop, what went in at that place."""
+    (carrier,) = computation.operands(op)
+    while carrier.opcode in ("while", "opt-barrier"):
+        (carrier,) = computation.operands(carrier)
+    index = re.search(r"index=(\d+)", op.attributes)
+    if carrier.opcode != "tuple" or not index:
+        return [carrier]
+    return [computation[carrier.operands[int(index[1])]]]
 
 
 def _filled(computation: Computation, op: Op) -> bool:
@@ -354,8 +376,8 @@ def lint(
     findings = []
     for name, program in read.items():
         # A TPU's XLA brings a prompt's queries into tiles, and results from VMEM to HBM: as large as the step is.
-        of_arguments = backend == "mosaic_tpu"
-        moves = copies(program, at_least, of_arguments=of_arguments) if program.optimised else ()
+        of_what_stays = backend == "mosaic_tpu"
+        moves = copies(program, at_least, of_what_stays=of_what_stays) if program.optimised else ()
         order = unpinned(program)
         place = misplaced(program, at_least)
         if backend == "xla":
@@ -372,10 +394,8 @@ def lint_step(step: Step) -> Report:
         functions.setdefault(function, {})[f"{function} {key}"] = program
     report = Report({}, [])
     for function, programs in functions.items():
-        # The raw logits stay, beside the adjusted ones, for the logprobs: a copy is what is asked for. A TPU's XLA lays
-        # a batch's logits out by columns to spread the bits of what is allowed.
-        turned = step.backend == "mosaic_tpu" and function == "restrict"
-        at_least = sys.maxsize if function == "adjust" or turned else AT_LEAST
+        # The raw logits stay, beside the adjusted ones, for the logprobs: a copy is what is asked for.
+        at_least = sys.maxsize if function == "adjust" else AT_LEAST
         found = lint(programs, step.backend, at_least=at_least, tiles=step.tiles)
         report.programs |= found.programs
         report.findings += found.findings

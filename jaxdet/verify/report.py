@@ -142,7 +142,7 @@ def environment(backend: str, dtype: str) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform_key": platform_key(),
-        "libraries": libraries(),
+        "libraries": libraries(backend),
         "numerics_version": NUMERICS_VERSION,
         "backend": backend,
         "dtype": dtype,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import fused_multiply_add, interpreting, pl, plgpu, store
+from pallas_kernels.compat import fused_multiply_add, interpreting, pl, plgpu, store_any_width
 from pallas_kernels.matmul.mosaic_gpu_sm90 import GATE_GROUP
 
 PIECES = 64
@@ -68,7 +68,7 @@ def _kernel(pieces, dtype, activation, _interpreting):
         )
         value, slope = WITH_SLOPE[activation](gate)
         for half, gradient in enumerate((dy * up * slope, dy * value)):
-            store(jnp.where(dy == 0.0, 0.0, gradient).astype(dtype), d_inner_g.at[mine, half])
+            store_any_width(jnp.where(dy == 0.0, 0.0, gradient).astype(dtype), d_inner_g.at[mine, half])
 
     return plgpu.kernel(
         body,

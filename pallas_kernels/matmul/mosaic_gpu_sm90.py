@@ -125,6 +125,11 @@ def _product(
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     tile = tile or tuned_tile(rows, k, columns)
+    narrowest = 2 * GATE_GROUP if activation else 8
+    if tile.tail and (tile.tail % narrowest or tile.tail >= tile.columns):
+        raise ValueError(
+            f"matmul: tile.tail={tile.tail} must be a multiple of {narrowest} below tile.columns={tile.columns}"
+        )
     if tile.columns > columns:  # a TMA box wider than its array reads wrong columns
         tile = dataclasses.replace(tile, columns=columns)
     # TMA wants fewer than 8 rows or a multiple of 8. Loads of boxes that are partly out of range are slow, so that
@@ -139,7 +144,9 @@ def _product(
     width = columns // 2 if activation else columns
     extra = []
     if bias is not None:
-        extra.append(jnp.pad(bias.astype(jnp.float32), (0, width - bias.shape[0])))
+        last = parts_of(-(-x.shape[0] // tile.rows), columns, tile)[-1]
+        covered = last.begin + last.count * last.width  # nothing drops what is read past the end
+        extra.append(jnp.pad(bias.astype(jnp.float32), (0, covered - bias.shape[0])))
     if residual is not None:
         if (fill := ((0, out_rows - rows), (0, width - residual.shape[1]))) != ((0, 0), (0, 0)):
             residual = jnp.pad(residual, fill)
@@ -173,7 +180,7 @@ def _transforms(columns: int, itemsize: int):
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Columns that go in tiles of one width."""
 
     begin: int
@@ -182,14 +189,14 @@ class _Part(NamedTuple):
     """Tiles side by side; the last may stand over the matrix."""
 
 
-def _parts(row_tiles: int, columns: int, tile: Tile) -> list[_Part]:
+def parts_of(row_tiles: int, columns: int, tile: Tile) -> list[Part]:
     """All columns in tiles of `tile.columns`; with a tail, those that full rounds of the SMs leave in narrower ones."""
-    whole = _Part(0, tile.columns, -(-columns // tile.columns))
+    whole = Part(0, tile.columns, -(-columns // tile.columns))
     full = row_tiles * whole.count // SMS * SMS // row_tiles
     if not tile.tail or full in (0, whole.count):
         return [whole]
     begin = full * tile.columns
-    return [whole._replace(count=full), _Part(begin, tile.tail, -(-(columns - begin) // tile.tail))]
+    return [whole._replace(count=full), Part(begin, tile.tail, -(-(columns - begin) // tile.tail))]
 
 
 @functools.cache
@@ -211,7 +218,7 @@ def _kernel(
     groups, group_rows = tile.row_groups, tile.rows // tile.row_groups
     steps, k_blocks = k // depth, depth // K_BLOCK
     row_tiles = -(-rows // tile.rows)
-    parts = _parts(row_tiles, columns, tile)
+    parts = parts_of(row_tiles, columns, tile)
     tiles = row_tiles * sum(part.count for part in parts)
     ctas = min(tiles, SMS)
     ratio = 2 if activation else 1

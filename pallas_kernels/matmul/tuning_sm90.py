@@ -23,7 +23,7 @@ class Tile:
     band: int = 16
     """Row tiles that go through all columns together, so that what they read stays in L2."""
     tail: int = 0
-    """Columns per CTA of what fills no whole round of the SMs; 0: as in the rounds."""
+    """Columns per CTA of what fills no whole round of the SMs, fewer than `columns`; 0: as in the rounds."""
 
 
 ROW_BUCKETS = (8, 64, 128, 192, 256, 512, 1024, 2048, 8192)
