@@ -26,20 +26,22 @@ setup: .venv/.ready
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
+define install-apart
+@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(@D) -r $<
+@touch $@
+endef
+
 # Out of Python's sight: JAX would look for a TPU, and complain, at every start on a machine that has none.
 $(LIBTPU)/.ready: requirements-tpu.lock .venv/.ready
-	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(LIBTPU) -r requirements-tpu.lock
-	@touch $@
+	$(install-apart)
 
 # As far out of its sight: a plugin without a GPU.
 $(CUDA)/.ready: requirements-cuda.lock .venv/.ready
-	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(CUDA) -r requirements-cuda.lock
-	@touch $@
+	$(install-apart)
 
 # Seen in the place of the locked one by what has it in its PYTHONPATH.
 $(OTHER_JAX)/.ready: requirements-other-jax.lock .venv/.ready
-	@$(BIN)/python -m pip install -q --no-deps --require-hashes --upgrade --target $(OTHER_JAX) -r requirements-other-jax.lock
-	@touch $@
+	$(install-apart)
 
 demo: setup
 	@$(BIN)/jaxdet demo

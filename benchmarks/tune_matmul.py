@@ -101,10 +101,8 @@ def candidates(point: Point) -> list[Tile]:
     found = {tile(rows, k, columns): None}
     for _, height, width, groups, tail in sorted(ranked)[:CANDIDATES]:
         # Deep stages cost fewer waits; where they leave four, nothing else.
-        stage = (height + width) * 2
-        for depth in (
-            d for d in (64, 128, 256) if d == 64 or (stage * d * 4 <= matmul.SHARED_BYTES and rows <= 512)
-        ):
+        deepest = matmul.SHARED_BYTES // (4 * (height + width) * 2) if rows <= 512 else 64
+        for depth in (64, *(d for d in (128, 256) if d <= deepest)):
             for band in (8, 16) if rows >= 2048 else (16,):
                 found[Tile(height, width, depth, groups, band, tail)] = None
     return list(found)

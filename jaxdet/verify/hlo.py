@@ -78,7 +78,8 @@ def copies(program: Program, at_least: int = AT_LEAST, *, of_what_stays: bool = 
         at_least: bytes that must be both read and written to count.
         of_what_stays: only those of weights, and of the cache in any state.
     """
-    cache = _cache_parts(program)
+    # Pages may lie transposed.
+    cache = {(dtype, *sorted(dims)) for dtype, dims in _cache_parts(program)}
     for computation in program.loose:
         for op in computation.values():
             if op.opcode.endswith("-start") or ON_CHIP in op.shape:
@@ -113,13 +114,16 @@ def _cache_parts(program: Program) -> set[tuple[str, tuple[int, ...]]]:
 
 
 def _moves_what_stays(program: Program, computation: Computation, op: Op, cache: set) -> bool:
-    """Whether nothing but moves lies between `op` and a weight, or something as large as a part of the cache."""
-    parts = {(dtype, *sorted(dims)) for dtype, dims in cache}  # pages may lie transposed
+    """Whether nothing but moves lies between `op` and a weight, or something as large as a part of the cache.
+
+    Args:
+        cache: its parts' dtypes and sorted dimensions.
+    """
     pending = computation.operands(op)
     while pending:
         source = pending.pop()
         dtype, dims = source.arrays[0]
-        if len(source.arrays) == 1 and (dtype, *sorted(dims)) in parts:
+        if len(source.arrays) == 1 and (dtype, *sorted(dims)) in cache:
             return True
         if source.opcode == "parameter":
             # In a loop's body it is all that the loop carries. The table of RoPE is no weight: a v5p's XLA lays out
@@ -130,21 +134,21 @@ def _moves_what_stays(program: Program, computation: Computation, op: Op, cache:
             ):
                 return True
         elif source.opcode == "get-tuple-element":
-            pending += _element(computation, source)
+            pending.append(_element(computation, source))
         elif _plain(source) in MOVES | CARRIERS or _only_moves(program, source):
             pending += computation.operands(source)
     return False
 
 
-def _element(computation: Computation, op: Op) -> list[Op]:
+def _element(computation: Computation, op: Op) -> Op:
     """What `op` takes out of a tuple: out of a loop, what went in at that place."""
     (carrier,) = computation.operands(op)
     while carrier.opcode in ("while", "opt-barrier"):
         (carrier,) = computation.operands(carrier)
     index = re.search(r"index=(\d+)", op.attributes)
     if carrier.opcode != "tuple" or not index:
-        return [carrier]
-    return [computation[carrier.operands[int(index[1])]]]
+        return carrier
+    return computation[carrier.operands[int(index[1])]]
 
 
 def _filled(computation: Computation, op: Op) -> bool:
