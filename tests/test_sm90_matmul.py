@@ -24,6 +24,11 @@ def _operands(rows, k=K, n=N):
     return x, w, jax.random.normal(keys[2], (rows, n)).astype(jnp.bfloat16)
 
 
+def _error(found, exact):
+    """‖found − exact‖ / ‖exact‖, in float64."""
+    return np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact)
+
+
 @pytest.mark.interpret
 def test_rows_do_not_depend_on_batch_or_neighbours():
     x, w, residual = _operands(70)
@@ -44,8 +49,7 @@ def test_rows_do_not_depend_on_batch_or_neighbours():
         + np.arange(N)
         + np.asarray(residual, np.float64)
     )
-    error = np.linalg.norm(full.view(x.dtype).astype(np.float64) - exact) / np.linalg.norm(exact)
-    assert error < 3e-3
+    assert _error(full.view(x.dtype), exact) < 3e-3
 
 
 @pytest.mark.interpret
@@ -56,7 +60,7 @@ def test_gated_product_is_close_to_float64():
         y = kernel.gated_matmul(x, kernel.pack_gated(gate, up), n=64, activation="silu", tile=Tile(64, 64))
     g, u = (np.asarray(x, np.float64) @ np.asarray(w, np.float64) for w in (gate, up))
     exact = g / (1 + np.exp(-g)) * u
-    assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+    assert _error(y, exact) < 3e-3
 
 
 @pytest.mark.interpret
@@ -65,7 +69,7 @@ def test_more_steps_than_stages_are_close_to_float64():
     with gpu_interpreter():
         y = kernel.matmul(x, kernel.pack(w), n=64, tile=Tile(64, 64))
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-    assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+    assert _error(y, exact) < 3e-3
 
 
 def test_pack_round_trips_and_looks_up_columns():
@@ -160,7 +164,7 @@ def test_narrow_tiles_of_a_last_round(few_sms, rows, n, tile):
 
     full, wide = run(x), [np.asarray(a, np.float64) for a in (x, w, residual, bias)]
     exact = wide[0] @ wide[1] + wide[2] + wide[3]
-    assert np.linalg.norm(np.asarray(full, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+    assert _error(full, exact) < 3e-3
     apart, whole = (
         np.asarray(y).view(np.uint16) for y in (run(jnp.full_like(x, jnp.nan).at[some].set(x[some])), full)
     )
@@ -182,7 +186,7 @@ def test_narrow_tiles_of_a_gated_product(few_sms):
     a, b = (np.asarray(x, np.float64) @ np.asarray(half, np.float64) for half in (gate, up))
     saved = kernel.unpack_gated(kernel.pack(inner), 5, n)
     for got, exact in ((y, a / (1 + np.exp(-a)) * b), (saved[0], a), (saved[1], b)):
-        assert np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact) < 1e-2
+        assert _error(got, exact) < 1e-2
 
 
 @pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)
@@ -223,7 +227,7 @@ def test_every_tile_keeps_rows_apart_and_is_close_to_float64(tile):
 
     full = run(x)
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + np.asarray(residual, np.float64)
-    assert np.linalg.norm(np.asarray(full, np.float64) - exact) / np.linalg.norm(exact) < 3e-3
+    assert _error(full, exact) < 3e-3
     poisoned = jnp.full_like(x, jnp.nan).at[some].set(x[some])
     apart, full = (np.asarray(y).view(np.uint16) for y in (run(poisoned), full))
     np.testing.assert_array_equal(apart[some], full[some])
