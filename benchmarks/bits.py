@@ -234,6 +234,31 @@ def tiles():
     return tally.row(op="matmul, every tile of the table")
 
 
+def norm_inside(k: int, columns: int):
+    """Products that normalise their own rows, 1 to 4 of them, against RMSNorm and the product; rows alone and beside
+    hostile ones, both epilogues, as many columns as a model's matrix has."""
+    weight = jax.random.normal(jax.random.key(3), (k,))
+    packed = jax.random.normal(jax.random.key(2), (k // 64, columns, 64), jnp.bfloat16)
+    norm = jax.jit(functools.partial(rms_norm.rms_norm, eps=1e-6))
+    tally, unlike_without = Tally(), Tally()
+    for product in (
+        functools.partial(matmul.matmul, n=columns),
+        functools.partial(matmul.gated_matmul, n=columns // 2, activation="silu"),
+    ):
+        apart = jax.jit(product)
+        together = jax.jit(lambda x, weight, w, product=product: product(x, w, norm=(weight, 1e-6)))
+        for rows in range(1, matmul.NORMED_ROWS + 1):
+            x = jax.random.normal(jax.random.key(rows), (rows, k)).astype(jnp.bfloat16)
+            want = apart(norm(x, weight), packed)
+            tally.on_device(together(x, weight, packed), want)
+            unlike_without.on_device(apart(x, packed), want)
+            for row in range(rows):
+                tally.on_device(together(x[row : row + 1], weight, packed)[0], want[row])
+                hostile = jnp.broadcast_to(jnp.resize(HOSTILE, (rows, 1)), x.shape).at[row].set(x[row])
+                tally.on_device(together(hostile, weight, packed)[row], want[row])
+    return tally.row(op="RMSNorm inside a product", K=k, columns=columns, control=unlike_without.differ)
+
+
 def normalise(size: int):
     x = jax.random.normal(jax.random.key(1), (1000, size)).astype(jnp.bfloat16)
     weight = jax.random.normal(jax.random.key(2), (size,))
@@ -525,6 +550,10 @@ SECTIONS = {
         ),
     ],
     "tiles": [tiles],
+    "norm inside": [
+        functools.partial(norm_inside, *shape)
+        for shape in ((4096, 6144), (4096, 24576), (5120, 10240), (5120, 51200), (2048, 3072), (2048, 16384))
+    ],
     "step": [whole_step],
     "rms_norm": [functools.partial(normalise, size) for size in (576, 4096)],
 }

@@ -61,6 +61,8 @@ PROGRAM_US = 4000
 """A program is about so long."""
 WARM, MEASURED = 0.08, 0.12
 """Seconds."""
+IN_FLIGHT = 96 * 1024
+"""Bytes of weights on their way into an SM that few rows may do best with; more keep memory's banks less in order."""
 NOISE = 0.01
 """A tile that isn't faster by more leaves the table as it is."""
 PROCESSES = 12
@@ -103,8 +105,9 @@ def candidates(point: Point) -> list[Tile]:
         # Deep stages cost fewer waits; where they leave four, nothing else.
         deepest = matmul.SHARED_BYTES // (4 * (height + width) * 2) if rows <= 512 else 64
         for depth in (64, *(d for d in (128, 256) if d <= deepest)):
-            for band in (8, 16) if rows >= 2048 else (16,):
-                found[Tile(height, width, depth, groups, band, tail)] = None
+            limits = {0, max(3, IN_FLIGHT // (width * depth * 2))} if rows <= 64 else (0,)
+            for band, stages in itertools.product((8, 16) if rows >= 2048 else (16,), limits):
+                found[Tile(height, width, depth, groups, band, tail, stages)] = None
     return list(found)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "gpu_interpreter",
     "interpreting",
     "kernel_in_place",
+    "load_operand_row",
     "load_part",
     "pl",
     "plgpu",
@@ -39,6 +40,7 @@ __all__ = [
     "require_hopper",
     "reset_compilation_cache",
     "store_any_width",
+    "store_operand_row",
     "store_part",
     "store_turned",
     "tpu_interpreter",
@@ -173,6 +175,61 @@ def store_part(x, layout, ref, *ranges):
                 mlir_vector.store(values, target, at)
 
     store(x, ref)
+
+
+def store_operand_row(x, layout, ref, row) -> None:
+    """Writes x [K], a row of a wgmma operand, to row `row` of every 8 rows of `ref` in shared memory, 64 columns each.
+
+    Inside a Mosaic GPU kernel. So `ref` [K / 8, 64] holds the tile of 8 rows and 64 columns that step k of a product
+    takes in its rows 8 k to 8 k + 7.
+
+    Args:
+        ref: tiled in (8, 64) and swizzled by 128 bytes; may have more rows.
+        layout: WG_STRIDED, vectors of 8 elements at most.
+    """
+    if interpreting():
+        for block in range(x.shape[0] // 64):
+            ref[8 * block + row] = x[64 * block : 64 * (block + 1)]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(layout, _OPERAND, plgpu.Layout.WG_SPLAT))
+    def store(_, array, target, row):
+        places = _operand_places(array.layout, array.shape, row)
+        for at, values in zip(places, array.registers.flat, strict=True):
+            mlir_vector.store(values, target, at)
+
+    store(x, ref, jnp.int32(row))
+
+
+def load_operand_row(ref, layout, size: int, row):
+    """The row [size] that `store_operand_row` wrote; each thread reads what it wrote itself."""
+    if interpreting():
+        return jnp.concatenate([ref[8 * block + row] for block in range(size // 64)])
+
+    kind = plgpu.ShapeDtypeStruct((size,), ref.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(_OPERAND, plgpu.Layout.WG_SPLAT), return_type=kind)
+    def load(_, source, row):
+        spread = layout.to_mgpu()
+        element = ir.VectorType.get((spread.vec_size,), source.type.element_type)
+        places = _operand_places(spread, (size,), row)
+        registers = np.array([mlir_vector.load(element, source, at) for at in places], dtype=object)
+        return mgpu_arrays.FragmentedArray(_registers=registers, _layout=spread, _is_signed=None)
+
+    return load(ref, jnp.int32(row))
+
+
+_OPERAND = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def _operand_places(layout, shape, row):
+    """Where the registers of a row lie in an operand's tiles: the swizzle moves eighths of a row of 128 bytes."""
+    index = lambda value: mlir_arith.constant(ir.IndexType.get(), value)  # noqa: E731
+    row = mlir_arith.index_cast(ir.IndexType.get(), row.registers.flat[0])
+    eighth = mlir_arith.muli(row, index(8))
+    for (column,) in layout.thread_idxs(shape):
+        block, inside = (op(column, index(64)) for op in (mlir_arith.divui, mlir_arith.remui))
+        yield [block, index(0), row, mlir_arith.xori(inside, eighth)]
 
 
 def load_part(ref, shape, layout):

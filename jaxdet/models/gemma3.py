@@ -27,9 +27,9 @@ class Gemma3Layer(nnx.Module):
         self.post_mlp_norm = RMSNorm(weights / "post_feedforward_layernorm", config, 1.0)
 
     def __call__(self, x, batch: Batch, rope, cache):
-        y, cache = self.attention(self.input_norm(x), batch, rope, cache)
+        y, cache = self.attention(x, self.input_norm, batch, rope, cache)
         x = _add(x, self.post_attention_norm(y))
-        return _add(x, self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))), cache
+        return _add(x, self.post_mlp_norm(self.mlp(x, self.pre_mlp_norm))), cache
 
 
 class Gemma3(DecoderLM):

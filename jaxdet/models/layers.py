@@ -18,7 +18,7 @@ from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.attention.op import attention
 from pallas_kernels.attention.tiles import TILES
 from pallas_kernels.gradient import Trained
-from pallas_kernels.matmul.op import gated_matmul, matmul, take_columns
+from pallas_kernels.matmul.op import Norm, gated_matmul, matmul, take_columns
 from pallas_kernels.reduce import pin
 from pallas_kernels.rms_norm.op import rms_norm
 from pallas_kernels.rope_cache.op import rope_cache, rope_table
@@ -82,9 +82,14 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
         return rms_norm(x, self.weight[...], eps=self.eps, backend=self.backend)
 
+    @property
+    def parameters(self) -> Norm:
+        """For a product that normalises its own rows."""
+        return self.weight[...], self.eps
+
 
 class Attention(nnx.Module):
-    """Fused qkv projection, optional q/k norm, RoPE, paged attention, output projection (+ residual)."""
+    """Norm, fused qkv projection, optional q/k norm, RoPE, paged attention, output projection (+ residual)."""
 
     def __init__(
         self, weights: Weights, config: ModelConfig, layer: int, *, qk_norm: bool = False, offset: float = 0.0
@@ -98,10 +103,17 @@ class Attention(nnx.Module):
         self.k_norm = nnx.Param((weights / "k_norm").vector("weight", offset=offset)) if qk_norm else None
         self.config, self.window, self.backend = config, config.windows[layer], weights.backend
 
-    def __call__(self, x, batch: Batch, rope, cache, residual=None):
+    def __call__(self, x, norm: RMSNorm, batch: Batch, rope, cache, residual=None):
         c = self.config
         width = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
-        qkv = matmul(x, self.qkv[...], n=width, bias=_value(self.qkv_bias), backend=self.backend)
+        qkv = matmul(
+            x,
+            self.qkv[...],
+            n=width,
+            bias=_value(self.qkv_bias),
+            norm=norm.parameters,
+            backend=self.backend,
+        )
         q, k_pages, v_pages = rope_cache(
             qkv,
             cache[0],
@@ -167,17 +179,22 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward: act(gate) · up, then down (+ residual)."""
+    """Norm, gated feed-forward: act(gate) · up, then down (+ residual)."""
 
     def __init__(self, weights: Weights, config: ModelConfig):
         self.gate_up = nnx.Param(weights.gated("gate_proj.weight", "up_proj.weight"))
         self.down = nnx.Param(weights.matrix("down_proj.weight"))
         self.config, self.backend = config, weights.backend
 
-    def __call__(self, x, residual=None):
+    def __call__(self, x, norm: RMSNorm, residual=None):
         c = self.config
         inner = gated_matmul(
-            x, self.gate_up[...], n=c.intermediate_size, activation=c.activation, backend=self.backend
+            x,
+            self.gate_up[...],
+            n=c.intermediate_size,
+            activation=c.activation,
+            norm=norm.parameters,
+            backend=self.backend,
         )
         return matmul(inner, self.down[...], n=c.hidden_size, residual=residual, backend=self.backend)
 
@@ -192,8 +209,8 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(weights / "mlp", config)
 
     def __call__(self, x, batch: Batch, rope, cache):
-        x, cache = self.attention(self.input_norm(x), batch, rope, cache, residual=x)
-        return self.mlp(self.post_norm(x), residual=x), cache
+        x, cache = self.attention(x, self.input_norm, batch, rope, cache, residual=x)
+        return self.mlp(x, self.post_norm, residual=x), cache
 
 
 class DecoderLM(nnx.Module):

@@ -17,15 +17,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import drain, interpreting, pl, plgpu, reaching_past, require_hopper
+from pallas_kernels.compat import (
+    drain,
+    interpreting,
+    load_operand_row,
+    pl,
+    plgpu,
+    reaching_past,
+    require_hopper,
+    store_operand_row,
+)
 from pallas_kernels.matmul.tuning_sm90 import Tile
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
+from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
 
 K_BLOCK = 64
 COLUMN_ALIGN = 64
 GATE_GROUP = 32
 SMS = 132
 SHARED_BYTES = 222 * 1024
+NORMED_ROWS, NORMED_COLUMNS = 4, 8192
+"""What a product normalises at most: more rows take longer than the first weights are on their way; 128 KB."""
 REGISTERS = {1: 240, 2: 232, 3: 152}
 
 
@@ -75,15 +87,15 @@ def unpack_gated(packed, k: int, n: int):
     return tuple(both[:, :, half].reshape(k, -1)[:, :n] for half in range(2))
 
 
-def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None, tile: Tile | None = None):
-    """See `op.matmul`; bfloat16 or float16. `tile` overrides the tuning table."""
-    y = _product(x, packed, bias=bias, residual=residual, out_dtype=out_dtype, tile=tile)
+def matmul(x, packed, *, n, bias=None, residual=None, out_dtype=None, norm=None, tile: Tile | None = None):
+    """See `op.matmul`; bfloat16 or float16. `norm` as in `takes_norm`; `tile` overrides the tuning table."""
+    y = _product(x, packed, bias=bias, residual=residual, out_dtype=out_dtype, norm=norm, tile=tile)
     return y if y.shape == (x.shape[0], n) else y[: x.shape[0], :n]
 
 
-def gated_matmul(x, packed, *, n, activation, out_dtype=None, tile: Tile | None = None):
-    """See `op.gated_matmul`; bfloat16 or float16."""
-    y = _product(x, packed, activation=activation, out_dtype=out_dtype, tile=tile)
+def gated_matmul(x, packed, *, n, activation, out_dtype=None, norm=None, tile: Tile | None = None):
+    """See `op.gated_matmul`; bfloat16 or float16. `norm` as in `matmul`."""
+    y = _product(x, packed, activation=activation, out_dtype=out_dtype, norm=norm, tile=tile)
     return y if y.shape == (x.shape[0], n) else y[: x.shape[0], :n]
 
 
@@ -92,6 +104,14 @@ def gated_matmul_saving(x, packed, *, n, activation, out_dtype=None, tile: Tile 
     y, inner = _product(x, packed, activation=activation, out_dtype=out_dtype, tile=tile, saving=True)
     rows = x.shape[0]
     return y if y.shape == (rows, n) else y[:rows, :n], inner if len(inner) == rows else inner[:rows]
+
+
+def takes_norm(rows: int, k: int) -> bool:
+    """Whether a product of so many rows can normalise them itself: `norm` is then (RMSNorm's float32 weights [K], eps).
+
+    The rows lie in shared memory beside the weights' stages, as eight whatever their number.
+    """
+    return rows <= NORMED_ROWS and k <= NORMED_COLUMNS and k % rms_norm.THREADS == 0
 
 
 def silu(x):
@@ -108,7 +128,16 @@ ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
 
 
 def _product(
-    x, packed, *, bias=None, residual=None, activation=None, out_dtype=None, tile=None, saving=False
+    x,
+    packed,
+    *,
+    bias=None,
+    residual=None,
+    activation=None,
+    out_dtype=None,
+    norm=None,
+    tile=None,
+    saving=False,
 ):
     require_hopper("matmul")
     rows, k = x.shape
@@ -137,7 +166,7 @@ def _product(
     # The interpreter does not copy part of a tile.
     least = 8 if rows > 8 else 1
     unit = tile.rows if rows > tile.rows or interpreting() else least
-    pad = ((0, -rows % unit), (0, blocks * K_BLOCK - k))
+    pad = ((0, 0 if norm else -rows % unit), (0, blocks * K_BLOCK - k))
     out_rows = rows + -rows % (unit if interpreting() else least)
     if pad != ((0, 0), (0, 0)):
         x = jnp.pad(x, pad)
@@ -151,6 +180,8 @@ def _product(
         if (fill := ((0, out_rows - rows), (0, width - residual.shape[1]))) != ((0, 0), (0, 0)):
             residual = jnp.pad(residual, fill)
         extra.append(residual)
+    if norm is not None:
+        extra.append(norm[0])
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(
             f"matmul: residual is {residual.dtype}, x is {x.dtype}; cast the residual to x's dtype"
@@ -166,6 +197,7 @@ def _product(
         residual is not None,
         activation,
         saving,
+        None if norm is None else float(norm[1]),
         interpreting(),
     )
     with jax.enable_x64(False):  # the kernel's loops count in int32
@@ -211,6 +243,7 @@ def _kernel(
     has_residual,
     activation,
     saving,
+    eps,
     interpreted,
 ):
     rows, k = x_shape
@@ -221,6 +254,8 @@ def _kernel(
     parts = parts_of(row_tiles, columns, tile)
     tiles = row_tiles * sum(part.count for part in parts)
     ctas = min(tiles, SMS)
+    if row_tiles == len(parts) == 1:  # memory is the limit: CTAs that have equal shares end together
+        ctas = -(-tiles // -(-tiles // SMS))
     ratio = 2 if activation else 1
     # The epilogue goes through shared memory in chunks of columns, the next being written while one is stored.
     common = math.gcd(*(part.width // ratio for part in parts))
@@ -234,12 +269,35 @@ def _kernel(
     used = tile.rows * chunk * buffers * (out_size + (2 if has_residual else 0)) + 4096
     used += tile.rows * 2 * chunk * 2 if saving else 0
     stages = (SHARED_BYTES - used) // ((tile.rows + tile.columns) * depth * 2)
+    if normed := eps is not None:
+        held = (
+            k // K_BLOCK * 8 + tile.rows - 8
+        )  # wgmma takes 64 rows: past the eight are those of the next steps
+        stages = min(stages, (SHARED_BYTES - used - held * 128) // (tile.columns * depth * 2))
     stages = min(stages, steps) if ctas == tiles else min(stages, 32)
+    stages = min(stages, tile.stages or stages)
+
+    def normalise(x_g, norm_g, x_s):
+        """The rows, by RMSNorm's own code, to where the products take them from."""
+        layout = rms_norm.layout_of(k)
+        weight = plgpu.load(norm_g, layout=layout)
+        xs = [plgpu.load(x_g.at[row], layout=layout) for row in range(rows)]
+        for row, x in enumerate(xs):
+            store_operand_row(x, layout, x_s, row)
+
+        def each_row(row, _):
+            x = load_operand_row(x_s, layout, k, row)
+            store_operand_row(rms_norm.normalised(x, weight, k, eps), layout, x_s, row)
+            return ()
+
+        lax.fori_loop(0, rows, each_row, ())  # not unrolled: what runs once waits for its instructions
+        plgpu.commit_smem()
 
     def body(x_g, w_g, *rest):
         rest = list(rest)
         bias_g = rest.pop(0) if has_bias else None
         residual_g = rest.pop(0) if has_residual else None
+        norm_g = rest.pop(0) if normed else None
         out_g, *saved_g = rest
 
         def scoped(x_s, w_s, out_s, full, empty, residual_s=None, residual_bar=None, saved_s=None):
@@ -301,6 +359,8 @@ def _kernel(
                             stage_of(part, slot),
                             full.at[slot],
                         )
+                        if normed:
+                            return ()
                         to = (
                             x_s.at[slot]
                             if loaded_rows == tile.rows
@@ -323,6 +383,8 @@ def _kernel(
             def _consume():
                 if groups > 1:
                     plgpu.set_max_registers(REGISTERS[groups], action="increase")
+                if normed:
+                    normalise(x_g, norm_g, x_s)
 
                 def compute(part, local, row, column):
                     chunks = part.width // ratio // chunk
@@ -351,11 +413,14 @@ def _kernel(
                             slot = lax.rem(step, jnp.int32(stages))
                             plgpu.barrier_wait(full.at[slot])
                             for block in range(k_blocks):
-                                left = x_s.at[
-                                    slot,
-                                    pl.ds(group * group_rows, group_rows),
-                                    pl.ds(block * K_BLOCK, K_BLOCK),
-                                ]
+                                if normed:
+                                    left = x_s.at[pl.ds((i * k_blocks + block) * 8, tile.rows)]
+                                else:
+                                    left = x_s.at[
+                                        slot,
+                                        pl.ds(group * group_rows, group_rows),
+                                        pl.ds(block * K_BLOCK, K_BLOCK),
+                                    ]
                                 right = stage_of(part, slot).at[block].transpose((1, 0))
                                 plgpu.wgmma(acc, left, right)
                             plgpu.wgmma_wait(k_blocks)  # the step before this one is done: its stage is free
@@ -419,12 +484,14 @@ def _kernel(
             scratch["saved_s"] = plgpu.SMEM(shape, dtype, transforms=_transforms(2 * chunk, 2))
         pl.run_scoped(
             scoped,
-            x_s=plgpu.SMEM((stages, tile.rows, depth), dtype, transforms=operand),
+            x_s=plgpu.SMEM(
+                (held, K_BLOCK) if normed else (stages, tile.rows, depth), dtype, transforms=operand
+            ),
             w_s=plgpu.SMEM((stages, k_blocks, tile.columns, K_BLOCK), dtype, transforms=operand),
             out_s=plgpu.SMEM(
                 (groups * buffers, group_rows, chunk), out_dtype, transforms=_transforms(chunk, out_size)
             ),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=1 if normed else 2, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             collective_axes="wg",
             **scratch,

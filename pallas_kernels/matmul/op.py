@@ -1,17 +1,22 @@
 """Matrix products with one summation order per output, whatever the number of rows."""
 
+import functools
 from typing import Literal
 
+import jax
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import registry
 from pallas_kernels.arrays import HostOrDevice
 from pallas_kernels.backend import resolve
 from pallas_kernels.gradient import Trained, value_of, with_gradient
-from pallas_kernels.matmul import backward, tuning_sm90
+from pallas_kernels.matmul import backward, mosaic_gpu_sm90, tuning_sm90
+from pallas_kernels.rms_norm.op import rms_norm
 
 Activation = Literal["silu", "gelu_tanh"]
 """What a gated product's gate goes through; "gelu_tanh" is GELU's tanh approximation."""
+Norm = tuple[Float[Array, " K"] | Trained, float]
+"""RMSNorm's weights, in float32, and its eps."""
 
 
 def pack(w: Num[HostOrDevice, "K N"], backend: str | None = None) -> Num[HostOrDevice, "..."]:
@@ -85,6 +90,7 @@ def matmul(
     n: int,
     bias: Float[Array, " N"] | Trained | None = None,
     residual: Float[Array, "M N"] | None = None,
+    norm: Norm | None = None,
     out_dtype=None,
     backend: str | None = None,
 ) -> Float[Array, "M N"]:
@@ -102,6 +108,8 @@ def matmul(
         n: N, the number of real columns.
         bias: added to the float32 sum first.
         residual: added second, before the rounding.
+        norm: x goes through `rms_norm` first, with these weights and eps. The bits are those of the two ops; up to
+            8 rows are one launch with "mosaic_gpu".
         out_dtype: dtype of the result; x's by default, float32 for logits.
         backend: the one that `packed` was packed for: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
@@ -109,7 +117,8 @@ def matmul(
         ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
         NotImplementedError: the backend has no such kernel.
     """
-    return _matmul((n, out_dtype, backend), x, packed, bias, residual)
+    static = n, out_dtype, backend
+    return _after_norm(norm, _launch, _matmul, static, x, packed, bias, residual)
 
 
 def gated_matmul(
@@ -118,6 +127,7 @@ def gated_matmul(
     *,
     n: int,
     activation: Activation,
+    norm: Norm | None = None,
     out_dtype=None,
     backend: str | None = None,
 ) -> Float[Array, "M F"]:
@@ -131,6 +141,7 @@ def gated_matmul(
         packed: what `pack_gated` made.
         n: F, the width of each half.
         activation: "silu" or "gelu_tanh".
+        norm: as in `matmul`.
         out_dtype: dtype of the result; x's by default.
         backend: the one that `packed` was packed for: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
@@ -138,22 +149,50 @@ def gated_matmul(
         ValueError: the backend is unknown, or doesn't take the dtype or this device (named, with the remedy).
         NotImplementedError: the backend has no such kernel.
     """
-    return _gated_matmul((n, activation, out_dtype, backend), x, packed)
+    return _after_norm(norm, _gated_launch, _gated_matmul, (n, activation, out_dtype, backend), x, packed)
 
 
-@with_gradient(backward.matmul)
-def _matmul(static, x, packed, bias, residual):
+def _after_norm(norm: Norm | None, launch, op, static, x, *operands):
+    """`op` of x or, with a `norm`, of the normalised x; one launch where the kernel does both."""
+    if norm is None:
+        return op(static, x, *operands)
+    weight, eps = norm
+    both = launch, op, static, eps
+    if resolve(static[-1]) == "mosaic_gpu" and mosaic_gpu_sm90.takes_norm(*x.shape):
+        return _normed(both, x, weight, *operands)
+    return _two_ops(both, x, weight, *operands)
+
+
+def _two_ops(both, x, weight, *operands):
+    _, op, static, eps = both
+    return op(static, rms_norm(x, weight, eps=eps, backend=static[-1]), *operands)
+
+
+def _normed_backward(both, operands, dy):
+    return jax.vjp(functools.partial(_two_ops, both), *operands)[1](dy)
+
+
+@with_gradient(_normed_backward)
+def _normed(both, x, weight, *operands):
+    launch, _, static, eps = both
+    return launch(static, x, *operands, norm=(value_of(weight), eps))
+
+
+def _launch(static, x, packed, bias, residual, **norm):
     n, out_dtype, backend = static
     return registry.load("matmul", backend).matmul(
-        x, value_of(packed), n=n, bias=value_of(bias), residual=residual, out_dtype=out_dtype
+        x, value_of(packed), n=n, bias=value_of(bias), residual=residual, out_dtype=out_dtype, **norm
     )
 
 
-@with_gradient(backward.gated_matmul, saving=backward.gated_forward)
-def _gated_matmul(static, x, packed):
+def _gated_launch(static, x, packed, **norm):
     n, activation, out_dtype, backend = static
     kernel = registry.load("matmul", backend)
-    return kernel.gated_matmul(x, value_of(packed), n=n, activation=activation, out_dtype=out_dtype)
+    return kernel.gated_matmul(x, value_of(packed), n=n, activation=activation, out_dtype=out_dtype, **norm)
+
+
+_matmul = with_gradient(backward.matmul)(_launch)
+_gated_matmul = with_gradient(backward.gated_matmul, saving=backward.gated_forward)(_gated_launch)
 
 
 @with_gradient(backward.take_columns)

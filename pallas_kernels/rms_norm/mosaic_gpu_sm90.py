@@ -32,20 +32,30 @@ def rms_norm(x, weight, *, eps):
     return y[:, :size] if pad else y
 
 
+def layout_of(width: int):
+    """How a row of `width` columns, a multiple of THREADS, lies on a warpgroup."""
+    vector = next(v for v in (8, 4, 2, 1) if width % (THREADS * v) == 0)
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=vector)
+
+
+def normalised(x, weight, size: int, eps: float):
+    """A row of `size` columns, filled up with zeros, inside a kernel: x in `layout_of` and weight alike, in float32."""
+    value = x.astype(jnp.float32)
+    total = jnp.sum(value * value)
+    inverse = lax.rsqrt((total + size * eps) * (1.0 / size))
+    return ((value * inverse) * weight).astype(x.dtype)
+
+
 @functools.cache
 def _kernel(shape, size, together, dtype, eps, _interpreting):
-    vector = next(v for v in (8, 4, 2, 1) if shape[1] % (THREADS * v) == 0)
-    layout = plgpu.Layout.WG_STRIDED((shape[1],), vec_size=vector)
+    layout = layout_of(shape[1])
 
     def body(x_g, weight_g, y_g):
         rows = [lax.axis_index("cta") * together + i for i in range(together)]
         xs = [plgpu.load(x_g.at[row], layout=layout) for row in rows]
         weight = plgpu.load(weight_g, layout=layout)  # in flight while the rows are summed
         for row, x in zip(rows, xs, strict=True):
-            x = x.astype(jnp.float32)
-            total = jnp.sum(x * x)
-            inverse = lax.rsqrt((total + size * eps) * (1.0 / size))
-            y_g[row] = ((x * inverse) * weight).astype(dtype)
+            y_g[row] = normalised(x, weight, size, eps)
 
     return plgpu.kernel(
         body,

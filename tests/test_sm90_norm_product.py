@@ -1,0 +1,131 @@
+"""RMSNorm inside a Hopper product: the bits are those of the two launches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.compat import gpu_interpreter
+from pallas_kernels.gradient import Trained
+from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
+from pallas_kernels.matmul import op
+from pallas_kernels.matmul.tuning_sm90 import Tile
+from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
+
+K, N, EPS = 256, 192, 1e-5
+
+
+def _operands(rows: int):
+    rng = np.random.default_rng(rows)
+    x, w, residual = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((rows, K), (K, N), (rows, N))
+    )
+    return x, w * 0.1, residual, jnp.asarray(rng.normal(1, 0.2, size=K), jnp.float32)
+
+
+def _bits(x):
+    return np.asarray(x).view(f"uint{8 * x.dtype.itemsize}")
+
+
+@pytest.fixture
+def two_sms(monkeypatch):
+    """A GPU so small that a small product takes several rounds: rows are normalised once for all of them."""
+    monkeypatch.setattr(kernel, "SMS", 2)
+    kernel._kernel.cache_clear()
+    yield
+    kernel._kernel.cache_clear()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("rows", "tile"),
+    [(1, Tile(64, 64, 128)), (3, Tile(64, 128, tail=64)), (kernel.NORMED_ROWS, Tile(64, 64, stages=3))],
+)
+def test_bits_are_those_of_two_launches(two_sms, rows, tile):
+    """In every epilogue, also of rows that are large or NaN."""
+    x, w, residual, weight = _operands(rows)
+    hostile = (x * 1e30).at[rows - 1].set(jnp.nan)
+    packed, gated = kernel.pack(w), kernel.pack_gated(*jnp.split(w, 2, axis=1))
+    with gpu_interpreter():
+        for given in (x, hostile):
+            apart = rms_norm.rms_norm(given, weight, eps=EPS)
+            for product in (
+                functools.partial(kernel.matmul, packed=packed, n=N, residual=residual, tile=tile),
+                functools.partial(kernel.matmul, packed=packed, n=N, out_dtype=jnp.float32, tile=tile),
+                functools.partial(kernel.gated_matmul, packed=gated, n=N // 2, activation="silu", tile=tile),
+            ):
+                want = _bits(product(apart))
+                np.testing.assert_array_equal(_bits(product(given, norm=(weight, EPS))), want)
+        assert (_bits(product(x)) != want).any(), "the comparison sees the norm"
+
+
+@pytest.mark.interpret
+def test_rows_do_not_feel_their_neighbours():
+    rows = kernel.NORMED_ROWS
+    x, w, residual, weight = _operands(rows)
+    packed = kernel.pack(w)
+
+    def run(x):
+        with gpu_interpreter():
+            y = kernel.matmul(x, packed, n=N, residual=residual[: len(x)], norm=(weight, EPS))
+        return _bits(y)
+
+    full = run(x)
+    np.testing.assert_array_equal(run(x[:1]), full[:1])
+    for row in range(rows):
+        poisoned = jnp.full_like(x, jnp.nan).at[row].set(x[row])
+        apart = run(poisoned)
+        np.testing.assert_array_equal(apart[row], full[row])
+        assert (apart != full).any(), "the comparison sees the poisoned rows"
+
+
+@pytest.mark.parametrize("backend", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize("rows", [2, kernel.NORMED_ROWS + 1])
+@pytest.mark.interpret
+def test_the_op_and_its_gradient_are_those_of_two_ops(backend, rows):
+    """Inside, where the kernel takes it, and outside: values, every cotangent, and the sums of weights in training."""
+    x, w, residual, weight = _operands(rows)
+    plain = functools.partial(op.matmul, n=N, residual=residual, backend=backend)
+    gated = functools.partial(op.gated_matmul, n=N // 2, activation="silu", backend=backend)
+    packed = op.pack(w, backend), op.pack_gated(*jnp.split(w, 2, axis=1), backend)
+
+    def results(call, packed):
+        y, pull = jax.vjp(call, x, weight, packed)
+        dx, *rest = pull(jnp.ones_like(y))
+        summed = [Trained(w, jnp.ones(w.shape, jnp.float32)) for w in (weight, packed)]
+        _, pull = jax.vjp(call, x, *summed)
+        return y, dx, *rest, *(d.gradient for d in pull(jnp.ones_like(y))[1:])
+
+    def inside(product, x, weight, packed):
+        return product(x, packed, norm=(weight, EPS))
+
+    def outside(product, x, weight, packed):
+        return product(op.rms_norm(x, weight, eps=EPS, backend=backend), packed)
+
+    with gpu_interpreter():
+        for product, matrix in zip((plain, gated), packed, strict=True):
+            together, apart = (
+                results(functools.partial(call, product), matrix) for call in (inside, outside)
+            )
+            assert len(together) == 6
+            for got, want in zip(together, apart, strict=True):
+                np.testing.assert_array_equal(_bits(got), _bits(want))
+
+
+@pytest.mark.parametrize("k", [2048, 4096, kernel.NORMED_COLUMNS])
+@pytest.mark.parametrize("rows", [1, kernel.NORMED_ROWS])
+def test_lowers_for_cuda_in_one_launch(rows, k):
+    struct = jax.ShapeDtypeStruct
+    x, weight = struct((rows, k), jnp.bfloat16), struct((k,), jnp.float32)
+    packed = struct((k // 64, 6144, 64), jnp.bfloat16)
+
+    def launches(x):
+        step = jax.jit(lambda x, w, p: op.matmul(x, p, n=6144, norm=(w, EPS), backend="mosaic_gpu"))
+        text = step.trace(x, weight, packed).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("stablehlo.custom_call @mosaic_gpu")
+
+    assert launches(x) == 1
+    assert launches(struct((kernel.NORMED_ROWS + 1, k), jnp.bfloat16)) == 2
+    assert not kernel.takes_norm(rows, kernel.NORMED_COLUMNS + 64) and not kernel.takes_norm(rows, 576)
