@@ -29,7 +29,7 @@ from jaxdet.verify.probe import BUCKETS, MODEL_LEN, Probe
 from pallas_kernels.attention import mosaic_gpu_sm90 as attention
 from pallas_kernels.attention.segments_sm90 import SEGMENT
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
-from pallas_kernels.matmul.tuning_sm90 import ROW_BUCKETS, TABLE, Tile, tile
+from pallas_kernels.matmul.tuning_sm90 import ROW_BUCKETS, Tile, table, tile
 from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
 from pallas_kernels.rope_cache import mosaic_gpu_sm90 as rope_cache
 from pallas_kernels.rope_cache import xla as rope_cache_xla
@@ -223,7 +223,7 @@ def product(k: int, n: int, most: int, counts):
 def tiles():
     """Every tile of the tuning table at the largest row count of its bucket, less five, against 64 × 64."""
     tally = Tally()
-    for shape in TABLE:
+    for shape in table():
         k, columns = map(int, shape.split("x"))
         packed = jax.random.normal(jax.random.key(1), (k // 64, columns, 64), jnp.bfloat16)
         plain = jax.jit(functools.partial(matmul.matmul, n=columns, tile=Tile(64, 64)))
@@ -234,29 +234,29 @@ def tiles():
     return tally.row(op="matmul, every tile of the table")
 
 
-def norm_inside(k: int, columns: int):
-    """Products that normalise their own rows, 1 to 4 of them, against RMSNorm and the product; rows alone and beside
-    hostile ones, both epilogues, as many columns as a model's matrix has."""
+def norm_inside(k: int, n: int, gated: bool = False):
+    """Products that normalise their own 1 to 4 rows, against RMSNorm and the product: all rows, each alone, and each
+    beside hostile ones."""
     weight = jax.random.normal(jax.random.key(3), (k,))
-    packed = jax.random.normal(jax.random.key(2), (k // 64, columns, 64), jnp.bfloat16)
+    packed = jax.random.normal(jax.random.key(2), (k // 64, n, 64), jnp.bfloat16)
     norm = jax.jit(functools.partial(rms_norm.rms_norm, eps=1e-6))
-    tally, unlike_without = Tally(), Tally()
-    for product in (
-        functools.partial(matmul.matmul, n=columns),
-        functools.partial(matmul.gated_matmul, n=columns // 2, activation="silu"),
-    ):
-        apart = jax.jit(product)
-        together = jax.jit(lambda x, weight, w, product=product: product(x, w, norm=(weight, 1e-6)))
-        for rows in range(1, matmul.NORMED_ROWS + 1):
-            x = jax.random.normal(jax.random.key(rows), (rows, k)).astype(jnp.bfloat16)
-            want = apart(norm(x, weight), packed)
-            tally.on_device(together(x, weight, packed), want)
-            unlike_without.on_device(apart(x, packed), want)
-            for row in range(rows):
-                tally.on_device(together(x[row : row + 1], weight, packed)[0], want[row])
-                hostile = jnp.broadcast_to(jnp.resize(HOSTILE, (rows, 1)), x.shape).at[row].set(x[row])
-                tally.on_device(together(hostile, weight, packed)[row], want[row])
-    return tally.row(op="RMSNorm inside a product", K=k, columns=columns, control=unlike_without.differ)
+    tally, without = Tally(), Tally()
+    product = functools.partial(matmul.matmul, n=n)
+    if gated:
+        product = functools.partial(matmul.gated_matmul, n=n // 2, activation="silu")
+    apart = jax.jit(product)
+    together = jax.jit(lambda x, weight, w: product(x, w, norm=(weight, 1e-6)))
+    for rows in range(1, matmul.NORMED_ROWS + 1):
+        x = jax.random.normal(jax.random.key(rows), (rows, k)).astype(jnp.bfloat16)
+        want = apart(norm(x, weight), packed)
+        tally.on_device(together(x, weight, packed), want)
+        without.on_device(apart(x, packed), want)
+        for row in range(rows):
+            tally.on_device(together(x[row : row + 1], weight, packed)[0], want[row])
+            hostile = jnp.broadcast_to(jnp.resize(HOSTILE, (rows, 1)), x.shape).at[row].set(x[row])
+            tally.on_device(together(hostile, weight, packed)[row], want[row])
+    name = {"K": k, "columns": n, "gated": gated, "unlike the product alone": without.differ}
+    return tally.row(op="RMSNorm inside a product", **name)
 
 
 def normalise(size: int):
@@ -552,7 +552,14 @@ SECTIONS = {
     "tiles": [tiles],
     "norm inside": [
         functools.partial(norm_inside, *shape)
-        for shape in ((4096, 6144), (4096, 24576), (5120, 10240), (5120, 51200), (2048, 3072), (2048, 16384))
+        for shape in (
+            (4096, 6144),
+            (5120, 10240),
+            (2048, 3072),
+            (4096, 24576, True),
+            (5120, 51200, True),
+            (2048, 16384, True),
+        )
     ],
     "step": [whole_step],
     "rms_norm": [functools.partial(normalise, size) for size in (576, 4096)],

@@ -5,8 +5,8 @@
 For each matrix of the models and each bucket of rows the candidates that fit run for some tenths of a second,
 one after another without a pause, weights rotated so that L2 cannot hold them: an engine keeps the card busy, and a
 busy card lowers its clock to stay within its power, which a few launches don't show. With --dot `jnp.dot` runs beside
-them. The fastest tile goes to OUT/tuning_sm90.json; points that were not reached keep their entries. All candidates of
-a point must give one bit pattern, or it fails. OUT/tuning.jsonl has every figure.
+them. The fastest tile goes to OUT/tiles.json, this GPU's table; points that were not reached keep their entries. All
+candidates of a point must give one bit pattern, or it fails. OUT/tuning.jsonl has every figure.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from kernels import SHAPES, normal, points_of, weight_copies
 from jaxdet.engine.lowered_cache import exported_of
 from pallas_kernels.arrays import round_up
 from pallas_kernels.matmul import mosaic_gpu_sm90 as matmul
-from pallas_kernels.matmul.tuning_sm90 import DEFAULT, ROW_BUCKETS, TABLE, Tile, tile
+from pallas_kernels.matmul.tuning_sm90 import DEFAULT, ROW_BUCKETS, Tile, table, tile
 
 
 class Point(NamedTuple):
@@ -105,9 +105,13 @@ def candidates(point: Point) -> list[Tile]:
         # Deep stages cost fewer waits; where they leave four, nothing else.
         deepest = matmul.SHARED_BYTES // (4 * (height + width) * 2) if rows <= 512 else 64
         for depth in (64, *(d for d in (128, 256) if d <= deepest)):
-            limits = {0, max(3, IN_FLIGHT // (width * depth * 2))} if rows <= 64 else (0,)
-            for band, stages in itertools.product((8, 16) if rows >= 2048 else (16,), limits):
-                found[Tile(height, width, depth, groups, band, tail, stages)] = None
+            for band in (8, 16) if rows >= 2048 else (16,):
+                found[Tile(height, width, depth, groups, band, tail)] = None
+            fit, fewer = (
+                n // (depth * 2) for n in (matmul.SHARED_BYTES // (height + width), IN_FLIGHT // width)
+            )
+            if rows <= 64 and max(fewer, 3) < fit - 1:
+                found[Tile(height, width, depth, groups, 16, tail, max(fewer, 3))] = None
     return list(found)
 
 
@@ -256,14 +260,14 @@ def points(models, rows) -> list[Point]:
 def main(out: pathlib.Path, models, rows, seconds: float, with_dot: bool) -> None:
     assert jax.default_backend() == "gpu", "needs a Hopper GPU"
     begin = time.perf_counter()
-    table = {
-        shape: {rows: fields(Tile(*t)) for rows, t in buckets.items()} for shape, buckets in TABLE.items()
+    found = {
+        shape: {rows: fields(Tile(*t)) for rows, t in buckets.items()} for shape, buckets in table().items()
     }
     record = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "measured": time.strftime("%Y-%m-%d"),
-        "tiles": table,
+        "tiles": found,
     }
     os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that lower
     spawn = multiprocessing.get_context("spawn")
@@ -300,11 +304,11 @@ def main(out: pathlib.Path, models, rows, seconds: float, with_dot: bool) -> Non
         with (out / "tuning.jsonl").open("a") as lines:
             lines.write(json.dumps(row) + "\n")
         shape = f"{point.k}x{point.columns}"
-        entries = table.get(shape, {}) | {str(point.rows): fields(chosen)}
+        entries = found.get(shape, {}) | {str(point.rows): fields(chosen)}
         if chosen == DEFAULT[point.rows]:
             del entries[str(point.rows)]
-        table[shape] = dict(sorted(entries.items(), key=lambda entry: int(entry[0])))
-        (out / "tuning_sm90.json").write_text(as_json(record))
+        found[shape] = dict(sorted(entries.items(), key=lambda entry: int(entry[0])))
+        (out / "tiles.json").write_text(as_json(record))
 
 
 if __name__ == "__main__":

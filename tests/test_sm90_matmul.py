@@ -11,7 +11,8 @@ import pytest
 from jaxdet.engine.buckets import Buckets
 from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
-from pallas_kernels.matmul.tuning_sm90 import DEFAULT, TABLE, Tile
+from pallas_kernels.matmul import tuning_sm90
+from pallas_kernels.matmul.tuning_sm90 import DEFAULT, TABLES, Tile
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
 
 K, N = 192, 128
@@ -81,18 +82,40 @@ def test_pack_round_trips_and_looks_up_columns():
     np.testing.assert_array_equal(picked, w[:, [3, 69]].T)
 
 
-TILES = {Tile(*entry) for buckets in TABLE.values() for entry in buckets.values()} | set(DEFAULT.values())
+ENTRIES = [
+    (int(rows), shape, Tile(*entry))
+    for table in TABLES.values()
+    for shape, buckets in table.items()
+    for rows, entry in buckets.items()
+]
+TILES = {tile for *_, tile in ENTRIES} | set(DEFAULT.values())
+
+
+@pytest.fixture(params=TABLES)
+def gpu(request):
+    """A GPU with a table of its own."""
+    tuning_sm90.assume(request.param)
+    yield request.param
+    tuning_sm90._assumed.clear()
+
+
+def test_a_gpu_has_its_own_tiles_and_others_those_of_an_h200(gpu):
+    assert tuning_sm90.table() is TABLES[gpu]
+    tuning_sm90.assume(f"{gpu} of another size")
+    assert tuning_sm90.table() is TABLES[gpu]
+    tuning_sm90.assume("NVIDIA GH200 480GB")
+    assert tuning_sm90.table() is TABLES["NVIDIA H200"]
 
 
 @pytest.mark.parametrize(
     "limits", [(1000, 8192, 64), (300, 5000, 40), (8, 256, 8), (64, 2048, 16), (1, 32, 4)]
 )
-def test_the_rows_of_a_step_fill_whole_tiles(limits):
+def test_the_rows_of_a_step_fill_whole_tiles(gpu, limits):
     """So no product copies x to fill it up: of any matrix of the table, in any bucket of an engine."""
     buckets = Buckets(*limits, "mosaic_gpu")
     for bucket in buckets.all():
         rows = bucket.rows + bucket.tokens
-        for shape in (*TABLE, "576x960"):
+        for shape in (*TABLES[gpu], "576x960"):
             tile = tuned_tile(rows, *map(int, shape.split("x")))
             assert rows <= tile.rows or rows % tile.rows == 0, (bucket, shape)
     for rows, tokens in itertools.product(
@@ -107,11 +130,7 @@ def test_the_rows_of_a_step_fill_whole_tiles(limits):
 
 def test_parts_hold_every_column_once():
     """Whole rounds of the SMs in wide tiles, the rest in narrow ones; at every entry of the table, and elsewhere."""
-    entries = [
-        (int(rows), int(shape.split("x")[1]), Tile(*entry))
-        for shape, buckets in TABLE.items()
-        for rows, entry in buckets.items()
-    ]
+    entries = [(rows, int(shape.split("x")[1]), tile) for rows, shape, tile in ENTRIES]
     assert any(tile.tail for *_, tile in entries)
     rng = random.Random(0)
     others = [
@@ -232,6 +251,21 @@ def test_every_tile_keeps_rows_apart_and_is_close_to_float64(tile):
     apart, full = (np.asarray(y).view(np.uint16) for y in (run(poisoned), full))
     np.testing.assert_array_equal(apart[some], full[some])
     assert (apart != full).any(), "the comparison sees the poisoned rows"
+
+
+@pytest.mark.interpret
+def test_a_gated_product_keeps_gate_and_up_together(monkeypatch):
+    """Also where a matrix of its shape that isn't gated has tiles which would part them."""
+    monkeypatch.setitem(tuning_sm90.table(), "256x384", {"8": [64, 48, 64, 1, 16, 0]})
+    x, w, _ = _operands(5, k=256, n=384)
+    gate, up = jnp.split(w, 2, axis=1)
+    packed = kernel.pack_gated(gate, up)
+    with gpu_interpreter():
+        y = kernel.gated_matmul(x, packed, n=192, activation="silu")
+    a, b = (np.asarray(x, np.float64) @ np.asarray(half, np.float64) for half in (gate, up))
+    assert _error(y, a / (1 + np.exp(-a)) * b) < 3e-3
+    with pytest.raises(ValueError, match=r"tile.columns=48 must be a multiple of 64"):
+        kernel.gated_matmul(x, packed, n=192, activation="silu", tile=Tile(64, 48))
 
 
 @pytest.mark.parametrize("tail", [32, 96, 128, 192])

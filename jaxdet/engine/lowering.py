@@ -26,6 +26,7 @@ from jaxdet.engine.step import Step
 from jaxdet.engine.wanted import Programs, Wanted, shapes_of
 from jaxdet.models.layers import KVCache
 from jaxdet.processors import usable_cpus
+from pallas_kernels.matmul import tuning_sm90
 from pallas_kernels.proven import Tiles
 
 log = logging.getLogger(__name__)
@@ -65,13 +66,15 @@ class _Work(NamedTuple):
     steps: int
     kept_in: Path
     platform: str
+    device_kind: str
     settings: dict[str, Any]
 
     @classmethod
     def of(cls, wanted: Wanted, kept_in: Path) -> "_Work":
         target, drafter, buckets, table, steps = wanted
         models = _Model.of(target), None if drafter is None else _Model.of(drafter)
-        return cls(*models, buckets, table, steps, kept_in, PLATFORM, lowered_cache.settings())
+        kind = jax.devices()[0].device_kind
+        return cls(*models, buckets, table, steps, kept_in, PLATFORM, kind, lowered_cache.settings())
 
 
 @contextlib.contextmanager
@@ -178,6 +181,7 @@ def main() -> None:
     work: _Work = pickle.load(sys.stdin.buffer)
     for name, value in work.settings.items():
         jax.config.update(name, value)
+    tuning_sm90.assume(work.device_kind)
     drafter = None if work.drafter is None else work.drafter.programs()
     wanted = Wanted(work.target.programs(), drafter, work.buckets, work.table, work.steps)
     jobs = wanted.jobs(lambda step: step.lowerer(work.kept_in, work.platform))

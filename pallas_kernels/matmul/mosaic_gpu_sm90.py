@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import (
     drain,
     interpreting,
@@ -153,8 +154,12 @@ def _product(
         )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    tile = tile or tuned_tile(rows, k, columns)
     narrowest = 2 * GATE_GROUP if activation else 8
+    if tile is None:
+        tile = tuned_tile(rows, k, columns)  # another model may have a matrix of this shape that isn't gated
+        tile = dataclasses.replace(tile, columns=round_up(tile.columns, narrowest))
+    if tile.columns % narrowest:
+        raise ValueError(f"matmul: tile.columns={tile.columns} must be a multiple of {narrowest}")
     if tile.tail and (tile.tail % narrowest or tile.tail >= tile.columns):
         raise ValueError(
             f"matmul: tile.tail={tile.tail} must be a multiple of {narrowest} below tile.columns={tile.columns}"

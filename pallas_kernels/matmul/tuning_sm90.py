@@ -1,9 +1,11 @@
-"""Tile shapes of the Hopper matmul. They never touch a bit: every entry accumulates k in ascending order."""
+"""Tile shapes of the Hopper matmul, by GPU. They never touch a bit: every entry accumulates k in ascending order."""
 
 import dataclasses
 import json
 import math
 import pathlib
+
+import jax
 
 from pallas_kernels.arrays import round_up
 
@@ -44,9 +46,32 @@ DEFAULT = {
 }
 """For shapes that the table lacks."""
 
-_FILE = pathlib.Path(__file__).with_name("tuning_sm90.json")
-TABLE: dict[str, dict[str, list[int]]] = json.loads(_FILE.read_text())["tiles"] if _FILE.exists() else {}
+Table = dict[str, dict[str, list[int]]]
 """"{K}x{columns}" -> row bucket -> the fields of a Tile, as measured by benchmarks/tune_matmul.py."""
+
+
+def _family(device_kind: str) -> str:
+    """ "NVIDIA H100" of "NVIDIA H100 80GB HBM3"."""
+    return " ".join(device_kind.split()[:2])
+
+
+_RECORDS = [
+    json.loads(path.read_text()) for path in sorted(pathlib.Path(__file__).parent.glob("tiles_*.json"))
+]
+TABLES: dict[str, Table] = {_family(record["device"]): record["tiles"] for record in _RECORDS}
+_OTHERS = "NVIDIA H200"
+_assumed: list[str] = []
+
+
+def assume(device_kind: str) -> None:
+    """Tiles for that GPU from now on: in a process that lowers for one and has none."""
+    _assumed[:] = [device_kind]
+
+
+def table() -> Table:
+    """This process's GPU's; an H200's for a GPU without one of its own."""
+    kind = _assumed[0] if _assumed else jax.devices()[0].device_kind
+    return TABLES.get(_family(kind), TABLES[_OTHERS])
 
 
 def bucket(rows: int) -> int:
@@ -59,12 +84,12 @@ def whole_rows(rows: int) -> int:
     if rows <= ROW_BUCKETS[1]:  # one tile holds them
         return rows
     at = str(bucket(rows))
-    heights = {DEFAULT[int(at)].rows, *(entries[at][0] for entries in TABLE.values() if at in entries)}
+    heights = {DEFAULT[int(at)].rows, *(entries[at][0] for entries in table().values() if at in entries)}
     return round_up(rows, math.lcm(*heights))
 
 
 def tile(rows: int, k: int, columns: int) -> Tile:
     """The configuration for [rows, k] × [k, columns], columns as packed."""
     at = bucket(rows)
-    entry = TABLE.get(f"{k}x{columns}", {}).get(str(at))
+    entry = table().get(f"{k}x{columns}", {}).get(str(at))
     return Tile(*entry) if entry else DEFAULT[at]
