@@ -88,10 +88,14 @@ def _intermediates(folder: Path, dtype: str, prompt: list[int]) -> dict[str, np.
     norm = jax.jit(layer.input_norm)(x)
     width = (c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
     qkv = jax.jit(lambda x: matmul(x, layer.attention.qkv[...], n=width))(norm)
-    attend = jax.jit(lambda x, batch, kv: layer.attention(x, batch, rope, kv))
-    attention, (keys, values) = attend(norm, batch, Step(model).new_cache(3, PAGE_SIZE)[0])
+    attend = jax.jit(lambda x, batch, kv: layer.attention(x, layer.input_norm, batch, rope, kv))
+    attention, (keys, values) = attend(x, batch, Step(model).new_cache(3, PAGE_SIZE)[0])
     found = {"rope_table": rope, "embedding": x, "rms_norm": norm, "matmul": qkv, "attention": attention}
-    found |= {"mlp": jax.jit(layer.mlp)(norm), "keys": keys[1], "values": values[1]}
+    found |= {
+        "mlp": jax.jit(lambda x: layer.mlp(x, layer.input_norm))(x),
+        "keys": keys[1],
+        "values": values[1],
+    }
     return {name: np.asarray(v if len(v) != len(x) else v[:LENGTH]) for name, v in found.items()}
 
 

@@ -1,5 +1,7 @@
 """Lowered programs that stay on disk: found again, to the same bits, and never in the way."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,16 @@ def test_what_decides_a_program_decides_its_key(monkeypatch):
     monkeypatch.setattr(lowered_cache, "_code", lambda: "of another version")
     keys.append(key(x))
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("name", ["kernel.py", "tiles.json"])
+def test_code_and_tables_decide_it_too(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(lowered_cache, "SOURCES", (SimpleNamespace(__path__=[str(tmp_path)]),))
+    digests = set()
+    for text in ("1", "2"):
+        (tmp_path / name).write_text(text)
+        digests.add(lowered_cache._code.__wrapped__())
+    assert len(digests) == 2
 
 
 def test_only_slow_lowerings_are_kept():

@@ -96,12 +96,11 @@ def settings() -> dict[str, Any]:
 
 @functools.cache
 def _code() -> str:
-    """Digest of the code that programs come from, and the versions of what traces and lowers it."""
+    """Digest of the code and the tables that programs come from, and the versions of what traces and lowers it."""
     digest = hashlib.sha256(f"{jax.__version__} {flax.__version__}".encode())
     roots = [Path(package.__path__[0]) for package in SOURCES]
-    for path in sorted(
-        [*Path(__file__).parent.glob("*.py"), *(p for root in roots for p in root.rglob("*.py"))]
-    ):
+    parts = (p for root in roots for kind in ("*.py", "*.json") for p in root.rglob(kind))
+    for path in sorted([*Path(__file__).parent.glob("*.py"), *parts]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
