@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 LIBTPU := .venv/libtpu
 CUDA := .venv/cuda
 OTHER_JAX := .venv/other-jax
-OTHER_JAX_TESTS := golden engine sm90_attention sm90_backward sm90_matmul tpu_matmul tpu_rms_norm
+OTHER_JAX_TESTS := golden engine sm90_attention sm90_backward sm90_matmul sm90_norm_product tpu_matmul tpu_rms_norm
 
 .PHONY: help setup demo test test-slow test-other-jax check bench docs lock clean
 help:

@@ -229,7 +229,7 @@ def tiles():
         plain = jax.jit(functools.partial(matmul.matmul, n=columns, tile=Tile(64, 64)))
         for rows in ROW_BUCKETS:
             x = jax.random.normal(jax.random.key(rows), (rows - 5, k), jnp.bfloat16)
-            tuned = jax.jit(functools.partial(matmul.matmul, n=columns, tile=tile(rows, k, columns)))
+            tuned = jax.jit(functools.partial(matmul.matmul, n=columns, tile=tile(rows, k, columns, 8)))
             tally.on_device(tuned(x, packed), plain(x, packed))
     return tally.row(op="matmul, every tile of the table")
 
@@ -553,6 +553,7 @@ SECTIONS = {
     "norm inside": [
         functools.partial(norm_inside, *shape)
         for shape in (
+            (1024, 1536),
             (4096, 6144),
             (5120, 10240),
             (2048, 3072),

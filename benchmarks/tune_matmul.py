@@ -52,6 +52,15 @@ class Point(NamedTuple):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     @property
+    def unit(self) -> int:
+        """What the columns of a tile are a multiple of."""
+        return 2 * matmul.GATE_GROUP if self.gated else 8
+
+    @property
+    def tuned(self) -> Tile:
+        return tile(self.rows, self.k, self.columns, self.unit)
+
+    @property
     def flops(self) -> float:
         return 2 * self.rows * self.k * self.columns
 
@@ -70,17 +79,16 @@ PROCESSES = 12
 
 def widths(point: Point, row_tiles: int) -> set[int]:
     """Columns a tile: the usual ones, and the least with which all tiles are in one to four rounds of the SMs."""
-    unit = 2 * matmul.GATE_GROUP if point.gated else 8
     found = {16, 32, 48, 64, 96, 128, 144, 160, 192, 256}
     for rounds in range(1, 5):
         if side_by_side := matmul.SMS * rounds // row_tiles:
-            found.add(round_up(math.ceil(point.columns / side_by_side), unit))
-    return {width for width in found if 16 <= width <= 256 and width % unit == 0}
+            found.add(round_up(math.ceil(point.columns / side_by_side), point.unit))
+    return {width for width in found if 16 <= width <= 256 and width % point.unit == 0}
 
 
 def candidates(point: Point) -> list[Tile]:
     """What is in the table, the tiles that keep the SMs busiest and load the least."""
-    rows, k, columns = point[:3]
+    rows, columns = point.rows, point.columns
     ranked = []
     for height, groups in ((64, 1), (128, 1), (128, 2), (192, 3), (256, 2)):
         if (rows % height and rows > 64) or height > max(rows, 64):
@@ -100,7 +108,7 @@ def candidates(point: Point) -> list[Tile]:
                     for part in parts
                 )
                 ranked.append((work, height, width, groups, tail))
-    found = {tile(rows, k, columns): None}
+    found = {point.tuned: None}
     for _, height, width, groups, tail in sorted(ranked)[:CANDIDATES]:
         # Deep stages cost fewer waits; where they leave four, nothing else.
         deepest = matmul.SHARED_BYTES // (4 * (height + width) * 2) if rows <= 512 else 64
@@ -286,7 +294,7 @@ def main(out: pathlib.Path, models, rows, seconds: float, with_dot: bool) -> Non
             break
         times, beside = measure(point, {c: programs.pop((point, c)) for c in candidates(point)}, with_dot)
         us, chosen = times[0]
-        old = tile(point.rows, point.k, point.columns)
+        old = point.tuned
         before = {t: us for us, t in times}.get(old, math.nan)
         if before <= us * (1 + NOISE):
             us, chosen = before, old

@@ -1,7 +1,10 @@
 """Processes that lower programs for an engine: they find what is missing, and nothing depends on them."""
 
+import io
+import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from jaxdet.engine import lowered_cache, lowering, step
 from jaxdet.engine.engine import Engine
 from jaxdet.engine.step import Step
 from jaxdet.testing import random_model
+from pallas_kernels.matmul import tuning_sm90
 
 
 @pytest.fixture
@@ -109,3 +113,14 @@ def test_they_lower_hopper_kernels_with_a_drafter(folder, monkeypatch):
     assert len(found) >= 8
     for exported in found:
         assert exported.platforms == ("cuda",) and "mosaic_gpu_v2" in exported.mlir_module()
+
+
+def test_a_process_takes_the_tiles_of_the_engines_gpu(folder, monkeypatch):
+    work = lowering._Work.of(engine().wanted, folder)._replace(device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps(work))))
+    assert tuning_sm90.table() is tuning_sm90.TABLES["NVIDIA H200"]
+    try:
+        lowering.main()
+        assert tuning_sm90.table() is tuning_sm90.TABLES["NVIDIA H100"]
+    finally:
+        tuning_sm90.assume(None)

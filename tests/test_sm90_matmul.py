@@ -96,7 +96,7 @@ def gpu(request):
     """A GPU with a table of its own."""
     tuning_sm90.assume(request.param)
     yield request.param
-    tuning_sm90._assumed.clear()
+    tuning_sm90.assume(None)
 
 
 def test_a_gpu_has_its_own_tiles_and_others_those_of_an_h200(gpu):
@@ -116,7 +116,7 @@ def test_the_rows_of_a_step_fill_whole_tiles(gpu, limits):
     for bucket in buckets.all():
         rows = bucket.rows + bucket.tokens
         for shape in (*TABLES[gpu], "576x960"):
-            tile = tuned_tile(rows, *map(int, shape.split("x")))
+            tile = tuned_tile(rows, *map(int, shape.split("x")), 8)
             assert rows <= tile.rows or rows % tile.rows == 0, (bucket, shape)
     for rows, tokens in itertools.product(
         range(0, buckets.most_mixed_rows + 1, 7), {1, min(33, limits[1]), limits[1]}

@@ -10,11 +10,11 @@ import pytest
 from pallas_kernels.compat import gpu_interpreter
 from pallas_kernels.gradient import Trained
 from pallas_kernels.matmul import mosaic_gpu_sm90 as kernel
-from pallas_kernels.matmul import op
+from pallas_kernels.matmul import op, tuning_sm90
 from pallas_kernels.matmul.tuning_sm90 import Tile
 from pallas_kernels.rms_norm import mosaic_gpu_sm90 as rms_norm
 
-K, N, EPS = 256, 192, 1e-5
+K, N, EPS = 1024, 192, 1e-5
 
 
 def _operands(rows: int):
@@ -46,19 +46,22 @@ def two_sms(monkeypatch):
 def test_bits_are_those_of_two_launches(two_sms, rows, tile):
     """In every epilogue, also of rows that are large or NaN."""
     x, w, residual, weight = _operands(rows)
-    hostile = (x * 1e30).at[rows - 1].set(jnp.nan)
+    hostile = (x * 1e30).at[1:].set(jnp.nan)
     packed, gated = kernel.pack(w), kernel.pack_gated(*jnp.split(w, 2, axis=1))
+    bias = jnp.arange(N, dtype=jnp.float32)
     with gpu_interpreter():
-        for given in (x, hostile):
+        products = (
+            functools.partial(kernel.gated_matmul, packed=gated, n=N // 2, activation="silu", tile=tile),
+            functools.partial(kernel.matmul, packed=packed, n=N, residual=residual, tile=tile),
+            functools.partial(kernel.matmul, packed=packed, n=N, bias=bias, out_dtype=jnp.float32, tile=tile),
+        )
+        for given, some in ((x, products), (hostile, products[:1])):
             apart = rms_norm.rms_norm(given, weight, eps=EPS)
-            for product in (
-                functools.partial(kernel.matmul, packed=packed, n=N, residual=residual, tile=tile),
-                functools.partial(kernel.matmul, packed=packed, n=N, out_dtype=jnp.float32, tile=tile),
-                functools.partial(kernel.gated_matmul, packed=gated, n=N // 2, activation="silu", tile=tile),
-            ):
+            for product in some:
                 want = _bits(product(apart))
                 np.testing.assert_array_equal(_bits(product(given, norm=(weight, EPS))), want)
-        assert (_bits(product(x)) != want).any(), "the comparison sees the norm"
+                if given is x:
+                    assert (_bits(product(x)) != want).any(), "the comparison sees the norm"
 
 
 @pytest.mark.interpret
@@ -81,8 +84,10 @@ def test_rows_do_not_feel_their_neighbours():
         assert (apart != full).any(), "the comparison sees the poisoned rows"
 
 
-@pytest.mark.parametrize("backend", ["xla", "mosaic_gpu"])
-@pytest.mark.parametrize("rows", [2, kernel.NORMED_ROWS + 1])
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [("xla", 2), pytest.param("mosaic_gpu", 2, marks=pytest.mark.slow), ("xla", kernel.NORMED_ROWS + 1)],
+)
 @pytest.mark.interpret
 def test_the_op_and_its_gradient_are_those_of_two_ops(backend, rows):
     """Inside, where the kernel takes it, and outside: values, every cotangent, and the sums of weights in training."""
@@ -109,12 +114,15 @@ def test_the_op_and_its_gradient_are_those_of_two_ops(backend, rows):
             together, apart = (
                 results(functools.partial(call, product), matrix) for call in (inside, outside)
             )
-            assert len(together) == 6
+            without = results(lambda x, weight, packed, product=product: product(x, packed), matrix)
+            assert len(together) == 6 and all(
+                (_bits(a) != _bits(b)).any() for a, b in zip(together, without, strict=True)
+            ), "the comparison sees the norm"
             for got, want in zip(together, apart, strict=True):
                 np.testing.assert_array_equal(_bits(got), _bits(want))
 
 
-@pytest.mark.parametrize("k", [2048, 4096, kernel.NORMED_COLUMNS])
+@pytest.mark.parametrize("k", [1024, 5120, kernel.NORMED_COLUMNS])
 @pytest.mark.parametrize("rows", [1, kernel.NORMED_ROWS])
 def test_lowers_for_cuda_in_one_launch(rows, k):
     struct = jax.ShapeDtypeStruct
@@ -128,4 +136,39 @@ def test_lowers_for_cuda_in_one_launch(rows, k):
 
     assert launches(x) == 1
     assert launches(struct((kernel.NORMED_ROWS + 1, k), jnp.bfloat16)) == 2
-    assert not kernel.takes_norm(rows, kernel.NORMED_COLUMNS + 64) and not kernel.takes_norm(rows, 576)
+
+
+@pytest.mark.parametrize("gpu", tuning_sm90.TABLES)
+def test_every_tile_leaves_room_for_the_rows(gpu):
+    """Of few rows, in matrices that a model may normalise for, gated or not."""
+    struct, lowered = jax.ShapeDtypeStruct, 0
+    for shape, buckets in tuning_sm90.TABLES[gpu].items():
+        k, n = map(int, shape.split("x"))
+        if not kernel.takes_norm(1, k) or "8" not in buckets:
+            continue
+        tile = Tile(*buckets["8"])
+        product = functools.partial(kernel.matmul, n=n, tile=tile)
+        step = jax.jit(lambda x, p, w, product=product: product(x, p, norm=(w, EPS)))
+        operands = ((1, k), jnp.bfloat16), ((k // 64, n, 64), jnp.bfloat16), ((k,), jnp.float32)
+        step.trace(*(struct(*a) for a in operands)).lower(lowering_platforms=("cuda",))
+        lowered += 1
+    assert lowered > 5
+
+
+def test_what_does_not_fit_is_refused():
+    assert kernel.takes_norm(1, 1024) and kernel.takes_norm(kernel.NORMED_ROWS, kernel.NORMED_COLUMNS)
+    for rows, k in (kernel.NORMED_ROWS + 1, 1024), (1, kernel.NORMED_COLUMNS + 1024), (1, 576), (1, 2560):
+        assert not kernel.takes_norm(rows, k)
+        with pytest.raises(
+            ValueError, match=f"{rows} rows of {k} can't be normalised inside; call rms_norm first"
+        ):
+            kernel.matmul(
+                jnp.ones((rows, k), jnp.bfloat16),
+                jnp.ones((k // 64, 64, 64), jnp.bfloat16),
+                n=64,
+                norm=(None, EPS),
+            )
+    struct = jax.ShapeDtypeStruct
+    product = functools.partial(kernel.matmul, n=512, tile=Tile(64, 256, 256), norm=(jnp.ones(8192), EPS))
+    with pytest.raises(ValueError, match=r"shared memory for \d stages of K=8192; take a smaller tile"):
+        jax.eval_shape(product, struct((1, 8192), jnp.bfloat16), struct((128, 512, 64), jnp.bfloat16))

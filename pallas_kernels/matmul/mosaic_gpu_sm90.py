@@ -2,7 +2,7 @@
 
 Order, per output: products accumulate in float32 in ascending k, in wgmma steps of 16; then + bias and
 + residual (or act(gate) · up), each in float32; one rounding at the end. Tile shape, number of stages and
-number of CTAs don't touch it.
+number of CTAs don't touch it. Very few rows may go through RMSNorm first, to the bits of its own kernel.
 
 Weights are stored [ceil(K / 64), N, 64], so that a k-block of any column range is one contiguous TMA box.
 Gate and up columns alternate in groups of GATE_GROUP, so that one CTA holds both halves of what it multiplies.
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.arrays import round_up
 from pallas_kernels.compat import (
     drain,
     interpreting,
@@ -110,9 +109,10 @@ def gated_matmul_saving(x, packed, *, n, activation, out_dtype=None, tile: Tile 
 def takes_norm(rows: int, k: int) -> bool:
     """Whether a product of so many rows can normalise them itself: `norm` is then (RMSNorm's float32 weights [K], eps).
 
-    The rows lie in shared memory beside the weights' stages, as eight whatever their number.
+    The rows lie in shared memory beside the weights' stages, as eight whatever their number. K: as many vectors of
+    eight columns for every thread, which is what was run on a GPU.
     """
-    return rows <= NORMED_ROWS and k <= NORMED_COLUMNS and k % rms_norm.THREADS == 0
+    return rows <= NORMED_ROWS and k <= NORMED_COLUMNS and k % (8 * rms_norm.THREADS) == 0
 
 
 def silu(x):
@@ -155,9 +155,9 @@ def _product(
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     narrowest = 2 * GATE_GROUP if activation else 8
-    if tile is None:
-        tile = tuned_tile(rows, k, columns)  # another model may have a matrix of this shape that isn't gated
-        tile = dataclasses.replace(tile, columns=round_up(tile.columns, narrowest))
+    if norm is not None and not takes_norm(rows, k):
+        raise ValueError(f"matmul: {rows} rows of {k} can't be normalised inside; call rms_norm first")
+    tile = tile or tuned_tile(rows, k, columns, narrowest)
     if tile.columns % narrowest:
         raise ValueError(f"matmul: tile.columns={tile.columns} must be a multiple of {narrowest}")
     if tile.tail and (tile.tail % narrowest or tile.tail >= tile.columns):
@@ -171,7 +171,7 @@ def _product(
     # The interpreter does not copy part of a tile.
     least = 8 if rows > 8 else 1
     unit = tile.rows if rows > tile.rows or interpreting() else least
-    pad = ((0, 0 if norm else -rows % unit), (0, blocks * K_BLOCK - k))
+    pad = ((0, 0 if norm is not None else -rows % unit), (0, blocks * K_BLOCK - k))
     out_rows = rows + -rows % (unit if interpreting() else least)
     if pad != ((0, 0), (0, 0)):
         x = jnp.pad(x, pad)
@@ -259,7 +259,7 @@ def _kernel(
     parts = parts_of(row_tiles, columns, tile)
     tiles = row_tiles * sum(part.count for part in parts)
     ctas = min(tiles, SMS)
-    if row_tiles == len(parts) == 1:  # memory is the limit: CTAs that have equal shares end together
+    if row_tiles == len(parts) == 1:  # mostly memory is the limit: CTAs that have equal shares end together
         ctas = -(-tiles // -(-tiles // SMS))
     ratio = 2 if activation else 1
     # The epilogue goes through shared memory in chunks of columns, the next being written while one is stored.
@@ -275,12 +275,16 @@ def _kernel(
     used += tile.rows * 2 * chunk * 2 if saving else 0
     stages = (SHARED_BYTES - used) // ((tile.rows + tile.columns) * depth * 2)
     if normed := eps is not None:
-        held = (
-            k // K_BLOCK * 8 + tile.rows - 8
-        )  # wgmma takes 64 rows: past the eight are those of the next steps
+        held = k // K_BLOCK * 8 + tile.rows - 8  # wgmma takes 64 rows: behind a step's eight, the next steps'
+        if groups > 1:
+            raise ValueError(f"matmul: {tile} has {groups} row groups; rows are normalised by one")
         stages = min(stages, (SHARED_BYTES - used - held * 128) // (tile.columns * depth * 2))
     stages = min(stages, steps) if ctas == tiles else min(stages, 32)
     stages = min(stages, tile.stages or stages)
+    if stages < min(steps, 2):  # a stage is free once the next step runs
+        raise ValueError(
+            f"matmul: {tile} leaves shared memory for {stages} stages of K={k}; take a smaller tile"
+        )
 
     def normalise(x_g, norm_g, x_s):
         """The rows, by RMSNorm's own code, to where the products take them from."""
@@ -295,7 +299,7 @@ def _kernel(
             store_operand_row(rms_norm.normalised(x, weight, k, eps), layout, x_s, row)
             return ()
 
-        lax.fori_loop(0, rows, each_row, ())  # not unrolled: what runs once waits for its instructions
+        lax.fori_loop(0, rows, each_row, ())  # unrolled it is no faster
         plgpu.commit_smem()
 
     def body(x_g, w_g, *rest):

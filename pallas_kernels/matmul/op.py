@@ -109,7 +109,7 @@ def matmul(
         bias: added to the float32 sum first.
         residual: added second, before the rounding.
         norm: x goes through `rms_norm` first, with these weights and eps. The bits are those of the two ops; up to
-            8 rows are one launch with "mosaic_gpu".
+            4 rows of at most 8192 columns, a multiple of 1024, are one launch with "mosaic_gpu".
         out_dtype: dtype of the result; x's by default, float32 for logits.
         backend: the one that `packed` was packed for: "xla", "mosaic_gpu" or "mosaic_tpu"; None is "xla".
 
@@ -153,7 +153,7 @@ def gated_matmul(
 
 
 def _after_norm(norm: Norm | None, launch, op, static, x, *operands):
-    """`op` of x or, with a `norm`, of the normalised x; one launch where the kernel does both."""
+    """`op` of x or, with a `norm`, of the normalised x; one `launch` where the kernel does both."""
     if norm is None:
         return op(static, x, *operands)
     weight, eps = norm
@@ -174,6 +174,7 @@ def _normed_backward(both, operands, dy):
 
 @with_gradient(_normed_backward)
 def _normed(both, x, weight, *operands):
+    """`_two_ops` in one launch, to its bits; its gradient is theirs."""
     launch, _, static, eps = both
     return launch(static, x, *operands, norm=(value_of(weight), eps))
 

@@ -27,7 +27,7 @@ class Tile:
     tail: int = 0
     """Columns per CTA of what fills no whole round of the SMs, fewer than `columns`; 0: as in the rounds."""
     stages: int = 0
-    """Pipeline stages at most, where more in flight than memory needs slows it down; 0: as many as fit."""
+    """Pipeline stages at most, two or more, where more in flight than memory needs slows it down; 0: as many as fit."""
 
 
 ROW_BUCKETS = (8, 64, 128, 192, 256, 512, 1024, 2048, 8192)
@@ -51,7 +51,7 @@ Table = dict[str, dict[str, list[int]]]
 
 
 def _family(device_kind: str) -> str:
-    """ "NVIDIA H100" of "NVIDIA H100 80GB HBM3"."""
+    """What GPUs with one table have in common: NVIDIA H100 of NVIDIA H100 80GB HBM3."""
     return " ".join(device_kind.split()[:2])
 
 
@@ -60,18 +60,18 @@ _RECORDS = [
 ]
 TABLES: dict[str, Table] = {_family(record["device"]): record["tiles"] for record in _RECORDS}
 _OTHERS = "NVIDIA H200"
-_assumed: list[str] = []
+_assumed: str | None = None
 
 
-def assume(device_kind: str) -> None:
-    """Tiles for that GPU from now on: in a process that lowers for one and has none."""
-    _assumed[:] = [device_kind]
+def assume(device_kind: str | None) -> None:
+    """Tiles for that GPU from now on: in a process that lowers for one and has none. None: for its own."""
+    global _assumed
+    _assumed = device_kind
 
 
 def table() -> Table:
     """This process's GPU's; an H200's for a GPU without one of its own."""
-    kind = _assumed[0] if _assumed else jax.devices()[0].device_kind
-    return TABLES.get(_family(kind), TABLES[_OTHERS])
+    return TABLES.get(_family(_assumed or jax.devices()[0].device_kind), TABLES[_OTHERS])
 
 
 def bucket(rows: int) -> int:
@@ -88,8 +88,14 @@ def whole_rows(rows: int) -> int:
     return round_up(rows, math.lcm(*heights))
 
 
-def tile(rows: int, k: int, columns: int) -> Tile:
-    """The configuration for [rows, k] × [k, columns], columns as packed."""
+def tile(rows: int, k: int, columns: int, unit: int) -> Tile:
+    """The configuration for [rows, k] × [k, columns], columns as packed.
+
+    Args:
+        unit: what the tile's columns are a multiple of; a gated product's is larger than that of another model's matrix
+            of the same shape, for which the entry may be.
+    """
     at = bucket(rows)
     entry = table().get(f"{k}x{columns}", {}).get(str(at))
-    return Tile(*entry) if entry else DEFAULT[at]
+    found = Tile(*entry) if entry else DEFAULT[at]
+    return dataclasses.replace(found, columns=round_up(found.columns, unit))
