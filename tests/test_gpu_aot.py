@@ -114,9 +114,16 @@ def test_what_xla_makes_beside_the_hopper_kernels_is_clean(few_buckets, family, 
     engine = compiled("H200", family, "bfloat16", kind="mosaic_gpu", only=only)
     report = lint_step(engine.step_fn)
     assert report.ok, said(report)
-    for name, program in report.programs.items():
-        kernels = sum(op.target.startswith("mosaic_gpu") for op in program.ops)
-        assert kernels >= {"model": 16, "decode": 16, "score": 2, "logprobs": 1}.get(name.split()[0], 0), name
+    launches = {
+        name: sum(op.target.startswith("mosaic_gpu") for op in program.ops)
+        for name, program in report.programs.items()
+    }
+    for name, count in launches.items():
+        assert count >= {"model": 12, "decode": 12, "score": 2, "logprobs": 1}.get(name.split()[0], 0), name
+    few, many = (
+        launches[next(n for n in launches if n.startswith(f"model (({rows},)"))] for rows in (1, 256)
+    )
+    assert many - few == 4, "two norms of each of two layers are inside the products of one row"
 
 
 def test_rows_that_fill_no_whole_tile_are_copied_on_hopper(few_buckets):
@@ -167,6 +174,17 @@ def matmuls(rows, k, n, **option):
     yield f"gated {rows}", trained(gated, 2), (half(rows, n // 2), half(rows, k), weights)
 
 
+def normed(rows, k, n):
+    """Products that normalise their rows."""
+    operands = half(rows, k), half(k // 64, n, 64), half(k, dtype=jnp.float32)
+    for name, product in (
+        ("matmul", functools.partial(matmul, n=n, **GPU)),
+        ("gated", functools.partial(gated_matmul, n=n // 2, activation="silu", **GPU)),
+    ):
+        call = lambda x, packed, weight, product=product: product(x, packed, norm=(weight, 1e-6))  # noqa: E731
+        yield f"normed {name} {rows}", call, operands
+
+
 def others():
     f32 = functools.partial(half, dtype=jnp.float32)
     norm = functools.partial(rms_norm, eps=1e-6, **GPU)
@@ -187,6 +205,8 @@ KERNELS = {
         *(program for rows in (1, 64, 2048) for program in matmuls(rows, 4096, 6144)),
         *matmuls(3, 2048, 2048),  # narrow tiles, deep stages
         *matmuls(500, 5120, 51200),  # a last round of narrow tiles
+        *normed(1, 4096, 24576),
+        *normed(4, 8192, 2048),
         *others(),
     )
 }
@@ -198,3 +218,5 @@ def test_every_hopper_kernel_compiles_for_its_gpu(name):
     function, operands = KERNELS[name]
     program = compile_for("H200", function, *operands)
     assert "mosaic_gpu" in program.as_text()
+    if name.startswith("normed"):
+        assert program.as_text().count('custom_call_target="mosaic_gpu') == 1
