@@ -201,7 +201,7 @@ def products(model: str):
             "ratio": min(plain, transposed) / ours,
             "TFLOP/s": 2 * m * n * k / ours / 1e6,
             "TB/s": k * n * 2 / ours / 1e6,
-            "tile": str(tile(m, k, n, 8)),
+            "tile": str(tile(m, k, n, matmul.column_unit())),
         }
 
 

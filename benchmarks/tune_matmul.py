@@ -54,7 +54,7 @@ class Point(NamedTuple):
     @property
     def unit(self) -> int:
         """What the columns of a tile are a multiple of."""
-        return 2 * matmul.GATE_GROUP if self.gated else 8
+        return matmul.column_unit(gated=self.gated)
 
     @property
     def tuned(self) -> Tile:

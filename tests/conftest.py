@@ -20,6 +20,21 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture
+def gpu_of(monkeypatch):
+    """Makes a Hopper kernel's module believe in so few SMs that a small shape takes several rounds of them."""
+    caches = []
+
+    def few(sms: int, module, cached) -> None:
+        monkeypatch.setattr(module, "SMS", sms)
+        cached.cache_clear()
+        caches.append(cached)
+
+    yield few
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.fixture
 def references() -> Path:
     """The folder of transformers' logits; its README says what is in it."""
     return REFERENCES

@@ -44,12 +44,9 @@ def wide(*arrays):
 
 
 @pytest.fixture
-def one_cta(monkeypatch):
+def one_cta(gpu_of):
     """Which computes all tiles, one after the other."""
-    monkeypatch.setattr(backward, "SMS", 1)
-    backward._weight_kernel.cache_clear()
-    yield
-    backward._weight_kernel.cache_clear()
+    gpu_of(1, backward, backward._weight_kernel)
 
 
 @pytest.mark.interpret

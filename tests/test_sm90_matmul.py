@@ -116,7 +116,7 @@ def test_the_rows_of_a_step_fill_whole_tiles(gpu, limits):
     for bucket in buckets.all():
         rows = bucket.rows + bucket.tokens
         for shape in (*TABLES[gpu], "576x960"):
-            tile = tuned_tile(rows, *map(int, shape.split("x")), 8)
+            tile = tuned_tile(rows, *map(int, shape.split("x")), kernel.column_unit())
             assert rows <= tile.rows or rows % tile.rows == 0, (bucket, shape)
     for rows, tokens in itertools.product(
         range(0, buckets.most_mixed_rows + 1, 7), {1, min(33, limits[1]), limits[1]}
@@ -154,12 +154,8 @@ def test_parts_hold_every_column_once():
 
 
 @pytest.fixture
-def few_sms(monkeypatch):
-    """A GPU so small that a small product takes several rounds."""
-    monkeypatch.setattr(kernel, "SMS", 3)
-    kernel._kernel.cache_clear()
-    yield
-    kernel._kernel.cache_clear()
+def few_sms(gpu_of):
+    gpu_of(3, kernel, kernel._kernel)
 
 
 @pytest.mark.interpret

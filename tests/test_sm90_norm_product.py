@@ -30,12 +30,9 @@ def _bits(x):
 
 
 @pytest.fixture
-def two_sms(monkeypatch):
-    """A GPU so small that a small product takes several rounds: rows are normalised once for all of them."""
-    monkeypatch.setattr(kernel, "SMS", 2)
-    kernel._kernel.cache_clear()
-    yield
-    kernel._kernel.cache_clear()
+def two_sms(gpu_of):
+    """Rows are normalised once for all rounds."""
+    gpu_of(2, kernel, kernel._kernel)
 
 
 @pytest.mark.interpret

@@ -11,7 +11,7 @@ from jaxdet.roofline.needed import draw, rms_norm, rope_cache, sample, token_log
 from pallas_kernels.attention.decode_sm90 import CHUNK
 from pallas_kernels.attention.online_softmax_sm90 import ROWS
 from pallas_kernels.attention.segments_sm90 import BLOCK
-from pallas_kernels.matmul.mosaic_gpu_sm90 import COLUMN_ALIGN, GATE_GROUP, K_BLOCK, parts_of
+from pallas_kernels.matmul.mosaic_gpu_sm90 import COLUMN_ALIGN, K_BLOCK, column_unit, parts_of
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
 
 __all__ = ["decode", "draw", "matmul", "prefill", "rms_norm", "rope_cache", "sample", "token_logprobs"]
@@ -21,7 +21,7 @@ def matmul(name, rows, k, n, dtype, *, halves=1, residual=False, out_size=None) 
     """The tile in the table of this process's GPU, elsewhere an H200's; gate and up are columns of one matrix."""
     ideal = needed.matmul(name, rows, k, n, dtype, halves=halves, residual=residual, out_size=out_size)
     columns, depth = _up(halves * n, COLUMN_ALIGN), _up(k, K_BLOCK)
-    tile = tuned_tile(rows, k, columns, 8 if halves == 1 else 2 * GATE_GROUP)
+    tile = tuned_tile(rows, k, columns, column_unit(gated=halves == 2))
     row_tiles, width = -(-rows // tile.rows), min(tile.columns, columns)
     parts = parts_of(row_tiles, columns, dataclasses.replace(tile, columns=width))
     padding = depth * columns - halves * k * n

@@ -106,6 +106,11 @@ def gated_matmul_saving(x, packed, *, n, activation, out_dtype=None, tile: Tile 
     return y if y.shape == (rows, n) else y[:rows, :n], inner if len(inner) == rows else inner[:rows]
 
 
+def column_unit(*, gated: bool = False) -> int:
+    """What a tile's columns are a multiple of."""
+    return 2 * GATE_GROUP if gated else 8
+
+
 def takes_norm(rows: int, k: int) -> bool:
     """Whether a product of so many rows can normalise them itself: `norm` is then (RMSNorm's float32 weights [K], eps).
 
@@ -154,7 +159,7 @@ def _product(
         )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    narrowest = 2 * GATE_GROUP if activation else 8
+    narrowest = column_unit(gated=activation is not None)
     if norm is not None and not takes_norm(rows, k):
         raise ValueError(f"matmul: {rows} rows of {k} can't be normalised inside; call rms_norm first")
     tile = tile or tuned_tile(rows, k, columns, narrowest)
