@@ -235,11 +235,11 @@ def tiles():
     return tally.row(op="matmul, every tile of the table")
 
 
-def norm_inside(k: int, n: int, gated: bool = False):
+def norm_inside(k: int, n: int, gated: bool = False, dtype=jnp.bfloat16):
     """Products that normalise their own 1 to 4 rows, against RMSNorm and the product: all rows, each alone, and each
     beside hostile ones."""
     weight = jax.random.normal(jax.random.key(3), (k,))
-    packed = jax.random.normal(jax.random.key(2), (k // 64, n, 64), jnp.bfloat16)
+    packed = (0.02 * jax.random.normal(jax.random.key(2), (k // 64, n, 64))).astype(dtype)
     norm = jax.jit(functools.partial(rms_norm.rms_norm, eps=1e-6))
     tally, without = Tally(), Tally()
     product = functools.partial(matmul.matmul, n=n)
@@ -248,15 +248,17 @@ def norm_inside(k: int, n: int, gated: bool = False):
     apart = jax.jit(product)
     together = jax.jit(lambda x, weight, w: product(x, w, norm=(weight, 1e-6)))
     for rows in range(1, matmul.NORMED_ROWS + 1):
-        x = jax.random.normal(jax.random.key(rows), (rows, k)).astype(jnp.bfloat16)
+        x = jax.random.normal(jax.random.key(rows), (rows, k)).astype(dtype)
         want = apart(norm(x, weight), packed)
         tally.on_device(together(x, weight, packed), want)
         without.on_device(apart(x, packed), want)
         for row in range(rows):
             tally.on_device(together(x[row : row + 1], weight, packed)[0], want[row])
-            hostile = jnp.broadcast_to(jnp.resize(HOSTILE, (rows, 1)), x.shape).at[row].set(x[row])
+            hostile = jnp.resize(HOSTILE, (rows, 1)).astype(dtype)
+            hostile = jnp.broadcast_to(hostile, x.shape).at[row].set(x[row])
             tally.on_device(together(hostile, weight, packed)[row], want[row])
-    name = {"K": k, "columns": n, "gated": gated, "unlike the product alone": without.differ}
+    name = {"K": k, "columns": n, "gated": gated, "dtype": jnp.dtype(dtype).name}
+    name["unlike the product alone"] = without.differ
     return tally.row(op="RMSNorm inside a product", **name)
 
 
@@ -561,6 +563,8 @@ SECTIONS = {
             (4096, 24576, True),
             (5120, 51200, True),
             (2048, 16384, True),
+            (2048, 3072, False, jnp.float16),
+            (4096, 24576, True, jnp.float16),
         )
     ],
     "step": [whole_step],

@@ -142,9 +142,13 @@ def wall_us(f, arguments, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats * 1e6
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _drawn(key, shape, scale, dtype):
+    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+
+
 def normal(seed: int, *shape, scale=1.0, dtype=jnp.bfloat16):
-    draw = jax.jit(lambda key: (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype))
-    return draw(jax.random.key(seed))
+    return _drawn(jax.random.key(seed), shape, scale, dtype)
 
 
 def copy():

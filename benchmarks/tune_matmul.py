@@ -70,7 +70,7 @@ PROGRAM_US = 4000
 """A program is about so long."""
 WARM, MEASURED = 0.08, 0.12
 """Seconds."""
-IN_FLIGHT = 96 * 1024
+WEIGHTS_IN_FLIGHT = 96 * 1024
 """Bytes of weights on their way into an SM that few rows may do best with; more keep memory's banks less in order."""
 NOISE = 0.01
 """A tile that isn't faster by more leaves the table as it is."""
@@ -116,7 +116,8 @@ def candidates(point: Point) -> list[Tile]:
             for band in (8, 16) if rows >= 2048 else (16,):
                 found[Tile(height, width, depth, groups, band, tail)] = None
             fit, fewer = (
-                n // (depth * 2) for n in (matmul.SHARED_BYTES // (height + width), IN_FLIGHT // width)
+                n // (depth * 2)
+                for n in (matmul.SHARED_BYTES // (height + width), WEIGHTS_IN_FLIGHT // width)
             )
             if rows <= 64 and max(fewer, 3) < fit - 1:
                 found[Tile(height, width, depth, groups, 16, tail, max(fewer, 3))] = None

@@ -10,6 +10,7 @@ from jax import lax
 from jax._src.lib import cuda_versions
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith as mlir_arith
+from jax._src.lib.mlir.dialects import llvm as mlir_llvm
 from jax._src.lib.mlir.dialects import math as mlir_math
 from jax._src.lib.mlir.dialects import memref as mlir_memref
 from jax._src.lib.mlir.dialects import scf as mlir_scf
@@ -42,6 +43,7 @@ __all__ = [
     "store_any_width",
     "store_operand_row",
     "store_part",
+    "store_tile",
     "store_turned",
     "tpu_interpreter",
 ]
@@ -58,9 +60,15 @@ def cuda_libraries() -> dict[str, int]:
     }
 
 
-def gpu_interpreter():
-    """Context in which Mosaic GPU kernels run on the CPU; a read past an array's end gives NaN."""
-    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized"))
+def gpu_interpreter(*, detect_races: bool = False):
+    """Context in which Mosaic GPU kernels run on the CPU; a read past an array's end gives NaN.
+
+    Args:
+        detect_races: print "RACE DETECTED" where accesses of memory, by warpgroups or copies, aren't ordered.
+    """
+    return plgpu.force_gpu_interpret_mode(
+        plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized", detect_races=detect_races)
+    )
 
 
 def tpu_interpreter(*, simulate: bool = True):
@@ -175,6 +183,89 @@ def store_part(x, layout, ref, *ranges):
                 mlir_vector.store(values, target, at)
 
     store(x, ref)
+
+
+def store_tile(x, ref, row, column) -> None:
+    """Writes x [R, C], laid out as a wgmma leaves it, to `ref` in device memory from (row, column) on.
+
+    Inside a Mosaic GPU kernel; what would lie past the end of `ref` is dropped. It takes no shared memory and waits
+    for nothing. Of 16-bit values the four lanes of a row hold two of every eight columns each; they trade them, so
+    that each writes 16 bytes at once.
+
+    Args:
+        ref: [rows, columns] of 2 or 4 bytes a value; `column` and the columns are multiples of 8.
+    """
+    rows, columns = ref.shape
+    if interpreting():
+        for at in range(0, x.shape[1], 8):
+
+            @pl.when(column + at < columns)
+            def _(at=at):
+                ref[pl.ds(row, x.shape[0]), pl.ds(column + at, 8)] = x[:, at : at + 8]
+
+        return
+    size = jnp.dtype(ref.dtype).itemsize
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), splat, splat))
+    def store(_, array, target, row, column):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        add, times, quotient, rest = (
+            lambda a, n, do=do: do(a, mgpu.c(n, i32))
+            for do in (mlir_arith.addi, mlir_arith.muli, mlir_arith.divui, mlir_arith.remui)
+        )
+        inside = lambda a, n: mlir_arith.cmpi(mlir_arith.CmpIPredicate.ult, a, mgpu.c(n, i32))  # noqa: E731
+        at_byte = lambda a, n: mlir_arith.muli(mlir_arith.extui(i64, a), mgpu.c(n, i64))  # noqa: E731
+        thread = rest(mgpu.thread_idx(), 128)
+        lane = rest(thread, 4)
+        # A warp has 16 rows of 64, four lanes two of them, 8 apart.
+        mine = mlir_arith.addi(times(quotient(thread, 32), 16), quotient(rest(thread, 32), 4))
+        row, column = (value.registers.flat[0] for value in (row, column))
+        begin = mlir_llvm.ptrtoint(i64, mgpu.memref_ptr(target))
+        registers = array.registers.reshape(x.shape[0] // 64, x.shape[1] // 8, 2)
+        for block, half in np.ndindex(len(registers), 2):
+            at = add(mlir_arith.addi(row, mine), 64 * block + 8 * half)
+            line = mlir_arith.addi(begin, at_byte(at, columns * size))
+            held = [_words(pair) for pair in registers[block, :, half]]
+            while held:
+                group = registers.shape[1] - len(held)
+                if size == 2 and len(held) >= 4:
+                    values, held, spread = _traded([word for (word,) in held[:4]], lane), held[4:], 8
+                else:
+                    values, held, spread = held[0], held[1:], 2
+                to = add(mlir_arith.addi(column, times(lane, spread)), 8 * group)
+                names = ", ".join(f"${i}" for i in range(1, len(values) + 1))
+                kind, names = ("b32", names) if len(values) == 1 else (f"v{len(values)}.b32", f"{{{names}}}")
+                mgpu.inline_ptx(
+                    f"st.global.{kind} [$0], {names};",
+                    mlir_arith.addi(line, at_byte(to, size)),
+                    *values,
+                    predicate=mlir_arith.andi(inside(at, rows), inside(to, columns)),
+                )
+
+    store(x, ref, jnp.int32(row), jnp.int32(column))
+
+
+def _words(vector) -> list:
+    """The 32-bit words of a register."""
+    i32 = ir.IntegerType.get_signless(32)
+    words = mlir_vector.bitcast(ir.VectorType.get((mgpu.bitwidth(vector.type) // 32,), i32), vector)
+    at = [ir.DenseI64ArrayAttr.get([i]) for i in range(words.type.shape[0])]
+    return [mlir_vector.extract(words, dynamic_position=[], static_position=i) for i in at]
+
+
+def _traded(values: list, lane) -> list:
+    """Of four lanes that hold four values each: lane q gets the q-th of every lane."""
+    i32, values = ir.IntegerType.get_signless(32), list(values)
+    for distance in (1, 2):
+        bit = mlir_arith.andi(lane, mgpu.c(distance, i32))
+        upper = mlir_arith.cmpi(mlir_arith.CmpIPredicate.ne, bit, mgpu.c(0, i32))
+        for i in (i for i in range(4) if not i & distance):
+            a, b = values[i], values[i + distance]
+            got = mgpu.shfl_bfly(mlir_arith.select(upper, a, b), distance)
+            values[i] = mlir_arith.select(upper, got, a)
+            values[i + distance] = mlir_arith.select(upper, b, got)
+    return values
 
 
 def store_operand_row(x, layout, ref, row) -> None:

@@ -228,6 +228,26 @@ def test_part_of_a_tile_lowers_for_cuda(rows, copies):
     gated.trace(x, jax.ShapeDtypeStruct((64, 24576, 64), jnp.bfloat16)).lower(lowering_platforms=("cuda",))
 
 
+def test_stages_fit_and_do_not_crowd_memory():
+    """What is on its way into an SM fits its shared memory; in tiles of 64 rows it is at most what reads fastest."""
+
+    def stages(tile, residual=0, held=0, most=99):
+        return kernel.stages_of(tile, tile.depth, residual, held, most)
+
+    assert stages(Tile(256, 192, row_groups=2)) == 4  # 56 KB each, of 226
+    assert stages(Tile(256, 192, row_groups=2), residual=16 * 1024) == 3
+    assert stages(Tile(64, 32, 128)) == 8  # 24 KB each: nine would fit
+    assert (
+        stages(Tile(64, 48, 128), held=71 * 1024) == 8
+    )  # 12 KB each of weights, and no more of them than without
+    assert stages(Tile(64, 48, 128), held=180 * 1024) == 3
+    assert stages(Tile(64, 192, stages=4)) == 4
+    assert stages(Tile(64, 64), most=3) == 3  # the steps that there are
+    for tile in TILES:
+        size = (tile.rows + tile.columns) * tile.depth * 2
+        assert 2 * size <= stages(tile) * size <= kernel.SHARED_BYTES - kernel.BARRIER_BYTES
+
+
 @pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)

@@ -20,7 +20,7 @@ from jax import lax
 from pallas_kernels.compat import drain, interpreting, kernel_in_place, pl, plgpu
 from pallas_kernels.matmul.activation_sm90 import before_activation
 from pallas_kernels.matmul.live_sm90 import live_chunks, live_flags
-from pallas_kernels.matmul.mosaic_gpu_sm90 import K_BLOCK, REGISTERS, SHARED_BYTES, SMS
+from pallas_kernels.matmul.mosaic_gpu_sm90 import BARRIER_BYTES, K_BLOCK, REGISTERS, SHARED_BYTES, SMS
 from pallas_kernels.numerics import GRADIENT_ROWS
 
 DEPTH = GRADIENT_ROWS
@@ -257,7 +257,7 @@ def _product(
     """
     count, wide = tiles[0] * tiles[1], right[0] if turned else right[1]
     ctas = min(count, SMS)
-    used = groups * 64 * 64 * 2 if out else 0
+    used = BARRIER_BYTES + (groups * 64 * 64 * 2 if out else 0)
     if found is not None:
         used += (groups + 1) * found.shape[1] * 4
     stages = min((SHARED_BYTES - used) // ((groups * 64 + wide) * DEPTH * 2), 6)
@@ -344,6 +344,7 @@ def _product(
                         slot = lax.rem(first + part, jnp.int32(stages))
                         plgpu.barrier_wait(full.at[slot])
                         begin.append(plgpu.load(sums_s.at[slot, group], layout=plgpu.Layout.WGMMA))
+                        plgpu.commit_smem()  # all warps have read it before a copy writes over it
                         release(first + part)
                     first = first + before
                 else:

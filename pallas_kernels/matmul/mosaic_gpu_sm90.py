@@ -26,6 +26,7 @@ from pallas_kernels.compat import (
     reaching_past,
     require_hopper,
     store_operand_row,
+    store_tile,
 )
 from pallas_kernels.matmul.tuning_sm90 import Tile
 from pallas_kernels.matmul.tuning_sm90 import tile as tuned_tile
@@ -35,7 +36,10 @@ K_BLOCK = 64
 COLUMN_ALIGN = 64
 GATE_GROUP = 32
 SMS = 132
-SHARED_BYTES = 222 * 1024
+SHARED_BYTES = 227 * 1024
+BARRIER_BYTES = 1024
+IN_FLIGHT = 204 * 1024
+"""What tiles of 64 rows have on its way into an SM at most: one stage more reads 3 to 10 % slower."""
 NORMED_ROWS, NORMED_COLUMNS = 4, 8192
 """What a product normalises at most: more rows take longer than the first weights are on their way; 128 KB."""
 REGISTERS = {1: 240, 2: 232, 3: 152}
@@ -172,12 +176,12 @@ def _product(
     if tile.columns > columns:  # a TMA box wider than its array reads wrong columns
         tile = dataclasses.replace(tile, columns=columns)
     # TMA wants fewer than 8 rows or a multiple of 8. Loads of boxes that are partly out of range are slow, so that
-    # several tiles need whole ones of x. What is stored beyond the result's end is dropped.
+    # several tiles need whole ones of x.
     # The interpreter does not copy part of a tile.
     least = 8 if rows > 8 else 1
     unit = tile.rows if rows > tile.rows or interpreting() else least
     pad = ((0, 0 if norm is not None else -rows % unit), (0, blocks * K_BLOCK - k))
-    out_rows = rows + -rows % (unit if interpreting() else least)
+    out_rows = rows + (-rows % unit if interpreting() else 0)
     if pad != ((0, 0), (0, 0)):
         x = jnp.pad(x, pad)
     width = columns // 2 if activation else columns
@@ -187,7 +191,8 @@ def _product(
         covered = last.begin + last.count * last.width  # nothing drops what is read past the end
         extra.append(jnp.pad(bias.astype(jnp.float32), (0, covered - bias.shape[0])))
     if residual is not None:
-        if (fill := ((0, out_rows - rows), (0, width - residual.shape[1]))) != ((0, 0), (0, 0)):
+        fill = (0, -rows % (unit if interpreting() else least)), (0, width - residual.shape[1])
+        if fill != ((0, 0), (0, 0)):
             residual = jnp.pad(residual, fill)
         extra.append(residual)
     if norm is not None:
@@ -241,6 +246,18 @@ def parts_of(row_tiles: int, columns: int, tile: Tile) -> list[Part]:
     return [whole._replace(count=full), Part(begin, tile.tail, -(-(columns - begin) // tile.tail))]
 
 
+def stages_of(tile: Tile, depth: int, residual: int, held: int, most: int) -> int:
+    """Pipeline stages that fit and are worth having, beside bytes of a residual and of rows that are held."""
+    weights, both = (columns * depth * 2 for columns in (tile.columns, tile.columns + tile.rows))
+    room = SHARED_BYTES - BARRIER_BYTES - residual
+    stages = room // both
+    if held:  # x takes no part in a stage then
+        stages = min(stages, (room - held) // weights)
+    if tile.rows == 64:
+        stages = min(stages, IN_FLIGHT // (weights if held else both))
+    return min(stages, most, tile.stages or most)
+
+
 @functools.cache
 def _kernel(
     x_shape,
@@ -267,25 +284,23 @@ def _kernel(
     if row_tiles == len(parts) == 1:  # mostly memory is the limit: CTAs that have equal shares end together
         ctas = -(-tiles // -(-tiles // SMS))
     ratio = 2 if activation else 1
-    # The epilogue goes through shared memory in chunks of columns, the next being written while one is stored.
+    # The epilogue goes in chunks of columns; those of the residual come through shared memory, ahead of it.
     common = math.gcd(*(part.width // ratio for part in parts))
-    chunk = max(c for c in range(8, 65, 8) if common % c == 0)
-    if activation or (tile.columns > 64 and common % 32 == 0):
+    chunk = common
+    if activation or (has_residual and common % 32 == 0):
         chunk = 32
-    buffers = 1 if saving else min(tile.columns // ratio // chunk, 2)  # what is saved: a third, twice as wide
+    elif has_residual:
+        chunk = max(c for c in range(8, 65, 8) if common % c == 0)
+    buffers = min(tile.columns // ratio // chunk, 4) if has_residual else 0
     loaded_rows = min(tile.rows, -(-rows // 8) * 8)
-    stored_rows = min(group_rows, -(-rows // 8) * 8) if groups == 1 else group_rows
-    out_size = jnp.dtype(out_dtype).itemsize
-    used = tile.rows * chunk * buffers * (out_size + (2 if has_residual else 0)) + 4096
-    used += tile.rows * 2 * chunk * 2 if saving else 0
-    stages = (SHARED_BYTES - used) // ((tile.rows + tile.columns) * depth * 2)
+    added_rows = min(group_rows, -(-rows // 8) * 8) if groups == 1 else group_rows
+    held = 0
     if normed := eps is not None:
         held = k // K_BLOCK * 8 + tile.rows - 8  # wgmma takes 64 rows: behind a step's eight, the next steps'
         if groups > 1:
             raise ValueError(f"matmul: {tile} has {groups} row groups; rows are normalised by one")
-        stages = min(stages, (SHARED_BYTES - used - held * 128) // (tile.columns * depth * 2))
-    stages = min(stages, steps) if ctas == tiles else min(stages, 32)
-    stages = min(stages, tile.stages or stages)
+    residual_bytes = tile.rows * chunk * buffers * 2
+    stages = stages_of(tile, depth, residual_bytes, held * K_BLOCK * 2, steps if ctas == tiles else 32)
     if stages < min(steps, 2):  # a stage is free once the next step runs
         raise ValueError(
             f"matmul: {tile} leaves shared memory for {stages} stages of K={k}; take a smaller tile"
@@ -314,7 +329,7 @@ def _kernel(
         norm_g = rest.pop(0) if normed else None
         out_g, *saved_g = rest
 
-        def scoped(x_s, w_s, out_s, full, empty, residual_s=None, residual_bar=None, saved_s=None):
+        def scoped(x_s, w_s, full, empty, residual_s=None, residual_bar=None):
             group = lax.axis_index("wg")
             cta = lax.axis_index("cta")
 
@@ -404,17 +419,17 @@ def _kernel(
                     chunks = part.width // ratio // chunk
                     first_column = part.begin // ratio + column * (part.width // ratio)
 
-                    def where(j):
-                        rows = pl.ds(row * tile.rows + group * group_rows, stored_rows)
-                        return rows, pl.ds(first_column + j * chunk, chunk)
-
-                    def live(buffer):
-                        return buffer if stored_rows == group_rows else buffer.at[pl.ds(0, stored_rows), :]
+                    first_row = row * tile.rows + group * group_rows
 
                     def load_residual(j):
                         at = group * buffers + j % buffers
+                        to = residual_s.at[at]
                         plgpu.copy_gmem_to_smem(
-                            residual_g.at[where(j)], live(residual_s.at[at]), residual_bar.at[at]
+                            residual_g.at[
+                                pl.ds(first_row, added_rows), pl.ds(first_column + j * chunk, chunk)
+                            ],
+                            to if added_rows == group_rows else to.at[pl.ds(0, added_rows), :],
+                            residual_bar.at[at],
                         )
 
                     if has_residual:
@@ -452,37 +467,35 @@ def _kernel(
 
                     sums = pl.run_scoped(accumulate, plgpu.ACC((group_rows, part.width), jnp.float32))
                     for j in range(chunks):
-                        at = group * buffers + j % buffers
                         if saving:
-                            plgpu.wait_smem_to_gmem(min(j, 1), wait_read_only=True)
-                            saved_s[group] = sums[:, 2 * j * chunk : 2 * (j + 1) * chunk].astype(dtype)
-                            plgpu.commit_smem()
-                            both = pl.ds(part.begin + column * part.width + 2 * j * chunk, 2 * chunk)
-                            plgpu.copy_smem_to_gmem(live(saved_s.at[group]), saved_g[0].at[where(j)[0], both])
+                            both = sums[:, 2 * j * chunk : 2 * (j + 1) * chunk].astype(dtype)
+                            inner = part.begin + column * part.width + 2 * j * chunk
+                            store_tile(both, saved_g[0], first_row, inner)
                         if activation:
                             gate = sums[:, 2 * j * chunk : (2 * j + 1) * chunk]
                             up = sums[:, (2 * j + 1) * chunk : (2 * j + 2) * chunk]
                             y = ACTIVATIONS[activation](gate) * up
                         else:
                             y = sums[:, j * chunk : (j + 1) * chunk]
+                        first = first_column + j * chunk
                         if has_bias:
                             bias = plgpu.load(
-                                bias_g.at[where(j)[1]], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+                                bias_g.at[pl.ds(first, chunk)],
+                                layout=plgpu.Layout.WGMMA.reduce(0),
+                                optimized=False,
                             )
                             y = y + lax.broadcast_in_dim(bias, (group_rows, chunk), [1])
                         if has_residual:
+                            at = group * buffers + j % buffers
                             plgpu.barrier_wait(residual_bar.at[at])
                             y = y + residual_s[at].astype(jnp.float32)
-                        pending = 1 if saving else min(j, buffers - 1)
-                        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
-                        out_s[at] = y.astype(out_dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(live(out_s.at[at]), out_g.at[where(j)])
-                        if has_residual and j + buffers < chunks:
-                            load_residual(j + buffers)
+                            if j + buffers < chunks or j == chunks - 1:
+                                plgpu.commit_smem()  # what the next load writes over has been read by all warps
+                            if j + buffers < chunks:
+                                load_residual(j + buffers)
+                        store_tile(y.astype(out_dtype), out_g, first_row, first)
 
                 for_each_tile(compute)
-                plgpu.wait_smem_to_gmem(0)
 
         operand = _transforms(K_BLOCK, 2)
         scratch = {}
@@ -493,18 +506,12 @@ def _kernel(
                 ),
                 "residual_bar": plgpu.Barrier(num_arrivals=1, num_barriers=groups * buffers),
             }
-        if saving:
-            shape = groups, group_rows, 2 * chunk
-            scratch["saved_s"] = plgpu.SMEM(shape, dtype, transforms=_transforms(2 * chunk, 2))
         pl.run_scoped(
             scoped,
             x_s=plgpu.SMEM(
                 (held, K_BLOCK) if normed else (stages, tile.rows, depth), dtype, transforms=operand
             ),
             w_s=plgpu.SMEM((stages, k_blocks, tile.columns, K_BLOCK), dtype, transforms=operand),
-            out_s=plgpu.SMEM(
-                (groups * buffers, group_rows, chunk), out_dtype, transforms=_transforms(chunk, out_size)
-            ),
             full=plgpu.Barrier(num_arrivals=1 if normed else 2, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             collective_axes="wg",
