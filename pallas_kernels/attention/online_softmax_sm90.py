@@ -79,6 +79,7 @@ def accumulate(acc, p, values, meanwhile=lambda: None):
     """acc + p · values, a tile in shared memory; `meanwhile` runs while the product is under way."""
     if interpreting():  # neither takes an operand in registers nor starts an accumulator from a value
         product = lax.dot(p, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # a copy may write over the tile next, as after a wgmma
         meanwhile()
         return acc + product
 
