@@ -110,17 +110,15 @@ def candidates(point: Point) -> list[Tile]:
                 ranked.append((work, height, width, groups, tail))
     found = {point.tuned: None}
     for _, height, width, groups, tail in sorted(ranked)[:CANDIDATES]:
-        # Deep stages cost fewer waits; where they leave four, nothing else.
-        deepest = matmul.SHARED_BYTES // (4 * (height + width) * 2) if rows <= 512 else 64
-        for depth in (64, *(d for d in (128, 256) if d <= deepest)):
+        for depth in (64, 128, 256):
+            stages = matmul.stages_of(Tile(height, width), depth, residual=0, held=0, most=99)
+            if depth > 64 and (stages < 4 or rows > 512):
+                break  # deep stages cost fewer waits, and nothing else where there are four
             for band in (8, 16) if rows >= 2048 else (16,):
                 found[Tile(height, width, depth, groups, band, tail)] = None
-            fit, fewer = (
-                n // (depth * 2)
-                for n in (matmul.SHARED_BYTES // (height + width), WEIGHTS_IN_FLIGHT // width)
-            )
-            if rows <= 64 and max(fewer, 3) < fit - 1:
-                found[Tile(height, width, depth, groups, 16, tail, max(fewer, 3))] = None
+            fewer = max(WEIGHTS_IN_FLIGHT // (width * depth * 2), 3)
+            if rows <= 64 and fewer < stages - 1:
+                found[Tile(height, width, depth, groups, 16, tail, fewer)] = None
     return list(found)
 
 

@@ -152,6 +152,22 @@ def test_every_tile_leaves_room_for_the_rows(gpu):
     assert lowered > 5
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_widest_rows_leave_room_for_their_sums(residual):
+    """In tiles whose stages fill shared memory to the last KB."""
+    k, n, struct = kernel.NORMED_COLUMNS, 2048, jax.ShapeDtypeStruct
+    operands = [((1, k), jnp.bfloat16), ((k // 64, n, 64), jnp.bfloat16), ((k,), jnp.float32)]
+    operands += [((1, n), jnp.bfloat16)] if residual else []
+    for width in (40, 56, 72, 120, 136):
+
+        def product(x, packed, weight, *added, width=width):
+            added = {"residual": added[0]} if added else {}
+            return kernel.matmul(x, packed, n=n, norm=(weight, EPS), tile=Tile(64, width), **added)
+
+        step = jax.jit(product).trace(*(struct(*a) for a in operands))
+        step.lower(lowering_platforms=("cuda",))
+
+
 def test_what_does_not_fit_is_refused():
     assert kernel.takes_norm(1, 1024) and kernel.takes_norm(kernel.NORMED_ROWS, kernel.NORMED_COLUMNS)
     for rows, k in (kernel.NORMED_ROWS + 1, 1024), (1, kernel.NORMED_COLUMNS + 1024), (1, 576), (1, 2560):

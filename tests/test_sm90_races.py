@@ -97,9 +97,7 @@ def test_rms_norm_and_its_gradient(capsys):
     x, weight = normal(0, 70, 256), normal(1, 256, dtype=jnp.float32)
     assert not found(capsys, lambda: rms_norm.rms_norm(x, weight, eps=1e-6))
     total, dy = normal(2, 256, dtype=jnp.float32), normal(3, 192, 256)
-    assert not found(
-        capsys, lambda: norm_backward.rms_norm(normal(0, 192, 256), weight, total, dy, eps=1e-6)
-    )
+    assert not found(capsys, lambda: norm_backward.rms_norm(normal(0, 192, 256), weight, total, dy, eps=1e-6))
 
 
 def test_sampling(capsys):

@@ -27,7 +27,7 @@ class Tile:
     tail: int = 0
     """Columns per CTA of what fills no whole round of the SMs, fewer than `columns`; 0: as in the rounds."""
     stages: int = 0
-    """Pipeline stages at most, two or more, where more in flight than memory needs slows it down; 0: as many as fit."""
+    """Pipeline stages at most, two or more, where more in flight than memory needs slows it down; 0: no such limit."""
 
 
 ROW_BUCKETS = (8, 64, 128, 192, 256, 512, 1024, 2048, 8192)
