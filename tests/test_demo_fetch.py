@@ -183,6 +183,7 @@ def test_interrupted_then_restarted(cache: Path, pins, monkeypatch, how: signal.
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     assert index.asked.wait(60)
     assert list((cache / "models").glob(".fetch-*"))
