@@ -1,5 +1,6 @@
 """The Hopper matmul without a GPU: interpreted on small shapes, lowered for CUDA on real ones."""
 
+import dataclasses
 import itertools
 import random
 
@@ -89,6 +90,8 @@ ENTRIES = [
     for rows, entry in buckets.items()
 ]
 TILES = {tile for *_, tile in ENTRIES} | set(DEFAULT.values())
+TILE_SHAPES = {dataclasses.replace(tile, band=16, tail=0, stages=0) for tile in TILES}
+"""Of which a product of few steps in two rows of tiles makes different programs."""
 
 
 @pytest.fixture(params=TABLES)
@@ -247,7 +250,7 @@ def test_stages_fit_and_do_not_crowd_memory():
 
 @pytest.mark.slow
 @pytest.mark.interpret
-@pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)
+@pytest.mark.parametrize("tile", sorted(TILE_SHAPES, key=repr), ids=repr)
 def test_every_tile_keeps_rows_apart_and_is_close_to_float64(tile):
     rows, columns = tile.rows + 8, -(-(tile.columns + 8) // 64) * 64
     x, w, residual = _operands(rows, k=128, n=columns)
