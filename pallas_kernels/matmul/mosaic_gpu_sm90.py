@@ -286,12 +286,9 @@ def _kernel(
         ctas = -(-tiles // -(-tiles // SMS))
     ratio = 2 if activation else 1
     # The epilogue goes in chunks of columns; those of the residual come through shared memory, ahead of it.
-    common = math.gcd(*(part.width // ratio for part in parts))
-    chunk = common
-    if activation or (has_residual and common % 32 == 0):
-        chunk = 32
-    elif has_residual:
-        chunk = max(c for c in range(8, 65, 8) if common % c == 0)
+    chunk = common = math.gcd(*(part.width // ratio for part in parts))
+    if activation or has_residual:  # 32 is GATE_GROUP, of which what is gated has whole ones
+        chunk = 32 if common % 32 == 0 else max(c for c in range(8, 65, 8) if common % c == 0)
     buffers = min(tile.columns // ratio // chunk, 4) if has_residual else 0
     loaded_rows = min(tile.rows, -(-rows // 8) * 8)
     added_rows = loaded_rows if groups == 1 else group_rows
