@@ -2,11 +2,12 @@
 
     python benchmarks/tune_matmul.py OUT [--models Qwen3-8B ...] [--rows 256 64 ...] [--seconds 500]
 
-For each matrix of the models and each bucket of rows the candidates that fit run for some tenths of a second,
-one after another without a pause, weights rotated so that L2 cannot hold them: an engine keeps the card busy, and a
-busy card lowers its clock to stay within its power, which a few launches don't show. With --dot `jnp.dot` runs beside
-them. The fastest tile goes to OUT/tiles.json, this GPU's table; points that were not reached keep their entries. All
-candidates of a point must give one bit pattern, or it fails. OUT/tuning.jsonl has every figure.
+For each matrix of the models and each bucket of rows the candidates that fit run twice, weights rotated so that L2
+cannot hold them: for milliseconds at the card's full clock, by the kernels' own times, and for some tenths of a second
+without a pause, where a card that an engine keeps busy lowers its clock to stay within its power. The tile with the
+least product of both goes to OUT/tiles.json, this GPU's table; points that were not reached keep their entries. With
+--dot `jnp.dot` runs beside them at the power limit. All candidates of a point must give one bit pattern, or it fails.
+OUT/tuning.jsonl has every figure.
 """
 
 import argparse
@@ -20,12 +21,14 @@ import multiprocessing
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export, lax
-from kernels import SHAPES, normal, points_of, weight_copies
+from kernels import SHAPES, cupti_times, normal, points_of, weight_copies
 
 from jaxdet.engine.lowered_cache import exported_of
 from pallas_kernels.arrays import round_up
@@ -65,57 +68,64 @@ class Point(NamedTuple):
         return 2 * self.rows * self.k * self.columns
 
 
-CANDIDATES = 8
+CANDIDATES = {1: 8, 2: 4, 3: 3}
+"""By CTAs in a cluster."""
 PROGRAM_US = 4000
 """A program is about so long."""
-WARM, MEASURED = 0.08, 0.12
-"""Seconds."""
+START, WARM, MEASURED = 0.2, 0.05, 0.07
+"""Seconds; a card that was idle takes the first before it is as slow as it stays."""
 WEIGHTS_IN_FLIGHT = 96 * 1024
 """Bytes of weights on their way into an SM that few rows may do best with; more keep memory's banks less in order."""
 NOISE = 0.01
 """A tile that isn't faster by more leaves the table as it is."""
 PROCESSES = 12
+SHAPES_OF_CTAS = (64, 1), (128, 1), (128, 2), (192, 3), (256, 2)
+"""(rows, consumer warpgroups)."""
 
 
-def widths(point: Point, row_tiles: int) -> set[int]:
+def widths(point: Point, row_tiles: int, cluster: int) -> set[int]:
     """Columns a tile: the usual ones, and the least with which all tiles are in one to four rounds of the SMs."""
     found = {16, 32, 48, 64, 96, 128, 144, 160, 192, 256}
+    unit = math.lcm(point.unit, 8 * cluster)
     for rounds in range(1, 5):
-        if side_by_side := matmul.SMS * rounds // row_tiles:
-            found.add(round_up(math.ceil(point.columns / side_by_side), point.unit))
-    return {width for width in found if 16 <= width <= 256 and width % point.unit == 0}
+        if side_by_side := matmul.clusters_at_once(cluster) * rounds * cluster // row_tiles:
+            found.add(round_up(math.ceil(point.columns / side_by_side), unit))
+    return {width for width in found if 16 <= width <= 256 and width % unit == 0}
 
 
 def candidates(point: Point) -> list[Tile]:
     """What is in the table, the tiles that keep the SMs busiest and load the least."""
     rows, columns = point.rows, point.columns
-    ranked = []
-    for height, groups in ((64, 1), (128, 1), (128, 2), (192, 3), (256, 2)):
-        if (rows % height and rows > 64) or height > max(rows, 64):
-            continue
+    ranked = {cluster: [] for cluster in CANDIDATES}
+    for (height, groups), cluster in itertools.product(SHAPES_OF_CTAS, CANDIDATES):
         row_tiles = -(-rows // height)
-        for width in widths(point, row_tiles):
-            if height // groups * width > 128 * 192:  # the accumulator must fit the registers
+        if (rows % height and rows > 64) or height > max(rows, 64) or row_tiles % cluster:
+            continue
+        for width in widths(point, row_tiles, cluster):
+            if (
+                height // groups * width > (128 if groups < 3 else 64) * 192
+            ):  # the sums must fit the registers
                 continue
-            for tail in (0, 64) if width > 64 else (0,):
+            for tail in (0, 64) if width > 64 and cluster < 3 else (0,):
                 parts = matmul.parts_of(row_tiles, columns, Tile(height, width, tail=tail))
                 if tail and len(parts) == 1:
                     continue
                 # What a round costs: products at the rate of one SM, loads of a tile's operands, a fixed start.
                 work = sum(
-                    math.ceil(row_tiles * part.count / matmul.SMS)
+                    math.ceil(row_tiles // cluster * part.count / matmul.clusters_at_once(cluster))
                     * (max(height * part.width / 128, 0.55 * (height + part.width)) + 6)
                     for part in parts
                 )
-                ranked.append((work, height, width, groups, tail))
+                ranked[cluster].append((work, height, width, groups, tail))
     found = {point.tuned: None}
-    for _, height, width, groups, tail in sorted(ranked)[:CANDIDATES]:
+    best = [(c, *at) for c, most in CANDIDATES.items() for _, *at in sorted(ranked[c])[:most]]
+    for cluster, height, width, groups, tail in best:
         for depth in (64, 128, 256):
             stages = matmul.stages_of(Tile(height, width), depth, residual=0, held=0, most=99)
-            if depth > 64 and (stages < 4 or rows > 512):
+            if depth > 64 and (stages < 4 or rows > 512 or cluster > 1 or tail):
                 break  # deep stages cost fewer waits, and nothing else where there are four
             for band in (8, 16) if rows >= 2048 else (16,):
-                found[Tile(height, width, depth, groups, band, tail)] = None
+                found[Tile(height, width, depth, groups, band, tail, 0, cluster)] = None
             fewer = max(WEIGHTS_IN_FLIGHT // (width * depth * 2), 3)
             if rows <= 64 and fewer < stages - 1:
                 found[Tile(height, width, depth, groups, 16, tail, fewer)] = None
@@ -176,21 +186,32 @@ def in_a_row(point: Point, call, arguments, weights):
     return jax.jit(many).lower(arguments, weights).compile()
 
 
-def sustained_us(program, products: int, arguments, weights) -> float:
-    """Microseconds a product once the card has its working clock."""
+def short_us(program, products: int, arguments, weights) -> float:
+    """Microseconds a product by the kernels' own times, in a program of milliseconds: the card has its full clock."""
+    run = lambda: jax.block_until_ready(program(arguments, weights))  # noqa: E731
+    times = [ms * 1e3 for name, ms in cupti_times(run) if "matmul" in name]
+    if len(times) != products:
+        raise RuntimeError(f"{len(times)} kernels of {products} products")
+    return float(np.median(times))
 
-    def run(seconds: float) -> float:
-        begin, count, waiting = time.perf_counter(), 0, []
-        while time.perf_counter() - begin < seconds:
-            waiting.append(program(arguments, weights))
-            count += 1
-            if len(waiting) > 2:
-                jax.block_until_ready(waiting.pop(0))
-        jax.block_until_ready(waiting)
-        return (time.perf_counter() - begin) / count / products * 1e6
 
-    run(WARM)
-    return run(MEASURED)
+def sustained_us(program, products: int, arguments, weights, seconds=MEASURED) -> float:
+    """Microseconds a product while one follows another."""
+    begin, count, waiting = time.perf_counter(), 0, []
+    while time.perf_counter() - begin < seconds:
+        waiting.append(program(arguments, weights))
+        count += 1
+        if len(waiting) > 2:
+            jax.block_until_ready(waiting.pop(0))
+    jax.block_until_ready(waiting)
+    return (time.perf_counter() - begin) / count / products * 1e6
+
+
+def in_turns(time_one: Callable, programs: dict) -> dict:
+    """The mean time of every program, all of them in order and again in reverse: a card drifts."""
+    order = list(programs)
+    first = {key: time_one(programs[key]) for key in order}
+    return {key: (first[key] + time_one(programs[key])) / 2 for key in reversed(order)}
 
 
 def compiled(point: Point, lowering: concurrent.futures.Future):
@@ -206,31 +227,42 @@ def turns(point: Point) -> tuple[int, int]:
     return copies, max(1, math.ceil(PROGRAM_US / (copies * estimate)))
 
 
-def measure(point: Point, programs, with_dot: bool) -> tuple[list[tuple[float, Tile]], float | None]:
-    """(µs, tile) of every candidate, fastest first, and the µs of `jnp.dot`."""
+def measure(point: Point, programs, with_dot: bool) -> tuple[list[tuple[float, float, Tile]], float | None]:
+    """(µs at the power limit, µs at full clock, tile) of every candidate, best first, and the µs of `jnp.dot`."""
     copies, again = turns(point)
-    arguments = operands(point, struct=False)
+    products, arguments = copies * again, operands(point, struct=False)
     plain = [normal(i, point.k, point.columns, scale=0.02) for i in range(copies)]
     pack = jax.jit(lambda w: matmul.pack_gated(*jnp.split(w, 2, axis=1)) if point.gated else matmul.pack(w))
     weights = [pack(w) for w in plain]
-    times, wanted = [], None
+    ready, wanted = {}, None
     for chosen, program in programs.items():
         if program.exception():
             print(json.dumps({"tile": str(chosen), "failed": f"{program.exception()!r:.200}"}), flush=True)
             continue
-        out = program.result()(arguments, weights)
+        ready[chosen] = program.result()
+        out = ready[chosen](arguments, weights)
         wanted = out if wanted is None else wanted
         if count := sum(int(unlike(*pair)) for pair in zip(out, wanted, strict=True)):
-            raise AssertionError(
-                f"{point}: {count} values of {chosen} unlike those of {next(iter(programs))}"
-            )
+            raise AssertionError(f"{point}: {count} values of {chosen} unlike those of {next(iter(ready))}")
         del out
-        times.append((sustained_us(program.result(), copies * again, arguments, weights), chosen))
-    times.sort(key=lambda t: t[0])
+
+    def cool(program):
+        return short_us(program, products, arguments, weights)
+
+    def busy(program):
+        sustained_us(program, products, arguments, weights, WARM)
+        return sustained_us(program, products, arguments, weights)
+
+    first = next(iter(ready.values()))
+    cool(first)  # not counted: what runs first pays for it
+    short = in_turns(cool, ready)
+    sustained_us(first, products, arguments, weights, START)
+    long = in_turns(busy, ready)
+    times = sorted(((long[t], short[t], t) for t in ready), key=lambda times: times[0] * times[1])
     if not with_dot:
         return times, None
-    program = in_a_row(point, functools.partial(dot, point), arguments, plain)
-    return times, sustained_us(program, copies * again, arguments, plain)
+    beside = in_a_row(point, functools.partial(dot, point), arguments, plain)
+    return times, sustained_us(beside, products, arguments, plain, WARM + MEASURED)
 
 
 @jax.jit
@@ -292,20 +324,21 @@ def main(out: pathlib.Path, models, rows, seconds: float, with_dot: bool) -> Non
             print("time is over; the points that are left keep their entries", flush=True)
             break
         times, beside = measure(point, {c: programs.pop((point, c)) for c in candidates(point)}, with_dot)
-        us, chosen = times[0]
+        us, short, chosen = times[0]
         old = point.tuned
-        before = {t: us for us, t in times}.get(old, math.nan)
-        if before <= us * (1 + NOISE):
-            us, chosen = before, old
+        before = {t: (busy, short) for busy, short, t in times}.get(old, (math.nan, math.nan))
+        if math.prod(before) <= us * short * (1 + NOISE) ** 2:
+            (us, short), chosen = before, old
         row = {
             "K": point.k,
             "columns": point.columns,
             "rows": point.rows,
             "us": round(us, 2),
+            "short us": round(short, 2),
             "TFLOP/s": round(point.flops / us / 1e6),
             "dot us": beside and round(beside, 2),
-            "table us": round(before, 2),
-            "tiles": [(round(us, 2), fields(t)) for us, t in times],
+            "table us": [round(us, 2) for us in before],
+            "tiles": [(round(busy, 2), round(us, 2), fields(t)) for busy, us, t in times],
         }
         print(json.dumps(row | {"tiles": row["tiles"][:3]}), flush=True)
         with (out / "tuning.jsonl").open("a") as lines:

@@ -14,7 +14,9 @@ from jaxdet.engine.larger_tiles import trials
 from jaxdet.testing import COMMON, FAMILIES, random_model
 from jaxdet.verify.hlo import dots, lint_step
 from pallas_kernels.attention.op import attention
+from pallas_kernels.matmul import mosaic_gpu_sm90 as sm90
 from pallas_kernels.matmul.op import gated_matmul, matmul
+from pallas_kernels.matmul.tuning_sm90 import Tile
 from pallas_kernels.proven import BASE, Tiles
 from pallas_kernels.rms_norm.op import rms_norm
 from pallas_kernels.rope_cache.op import rope_cache
@@ -185,6 +187,14 @@ def normed(rows, k, n):
         yield f"normed {name} {rows}", call, operands
 
 
+def clusters():
+    """Products whose CTAs load weights for one another."""
+    x, w, residual = half(768, 2560), half(40, 5120, 64), half(768, 5120)
+    for tile in (Tile(64, 144, cluster=3), Tile(256, 192, 64, 2, cluster=3), Tile(128, 80, cluster=2)):
+        call = lambda x, w, r, tile=tile: sm90.matmul(x, w, n=5120, residual=r, tile=tile)  # noqa: E731
+        yield f"{tile}", call, (x, w, residual)
+
+
 def others():
     f32 = functools.partial(half, dtype=jnp.float32)
     norm = functools.partial(rms_norm, eps=1e-6, **GPU)
@@ -207,6 +217,7 @@ KERNELS = {
         *matmuls(500, 5120, 51200),  # a last round of narrow tiles
         *normed(1, 4096, 24576),
         *normed(4, 8192, 2048),
+        *clusters(),
         *others(),
     )
 }

@@ -207,11 +207,66 @@ def test_narrow_tiles_of_a_gated_product(few_sms):
         assert _error(got, exact) < 1e-2
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("rows", "n", "tile"),
+    [
+        (130, 448, Tile(64, 96, cluster=3)),
+        (250, 448, Tile(64, 64, stages=2, cluster=2)),
+        (250, 448, Tile(128, 128, 64, 2, 16, 64, cluster=2)),
+    ],
+)
+def test_clusters_have_the_bits_of_single_ctas(gpu_of, rows, n, tile):
+    """Several tiles a cluster, with all that an epilogue adds; rows don't feel those of other members.
+
+    The interpreter has as many threads as there are CPUs, so that of more than two warpgroups that wait for stages
+    to come round one may never run: here only those of a cluster of two do.
+    """
+    gpu_of(6, kernel, kernel._kernel)
+    x, w, residual = _operands(rows, n=n)
+    packed, bias, some = kernel.pack(w), jnp.arange(n, dtype=jnp.float32), np.array([0, 64, rows - 1])
+    row_tiles = -(-rows // tile.rows)
+    parts = kernel.parts_of(row_tiles, n, tile)
+    assert kernel.cluster_of(tile, row_tiles, parts, tile.depth // kernel.K_BLOCK) == tile.cluster
+    assert row_tiles * sum(part.count for part in parts) > tile.cluster * kernel.clusters_at_once(
+        tile.cluster
+    )
+
+    def run(x, tile=tile):
+        with gpu_interpreter():
+            y = kernel.matmul(x, packed, n=n, bias=bias, residual=residual, tile=tile)
+        return np.asarray(y).view(np.uint16)
+
+    full = run(x)
+    np.testing.assert_array_equal(full, run(x, dataclasses.replace(tile, cluster=1)))
+    apart = run(jnp.full_like(x, jnp.nan).at[some].set(x[some]))
+    np.testing.assert_array_equal(apart[some], full[some])
+    assert (apart != full).any(), "the comparison sees the poisoned rows"
+
+
+@pytest.mark.parametrize(
+    ("tile", "row_tiles", "cluster"),
+    [
+        (Tile(64, 144, cluster=3), 3, 3),
+        (Tile(64, 144, cluster=3), 4, 1),  # a member would have no row tile
+        (Tile(64, 128, cluster=3), 3, 1),  # 128 columns can't be shared out in eights
+        (Tile(64, 144, 128, cluster=3), 3, 1),  # nor two blocks of k
+        (Tile(64, 72, 128, cluster=2), 2, 2),
+        (Tile(64, 128, tail=24, cluster=2), 4, 1),  # nor the tail's
+    ],
+)
+def test_ctas_form_clusters_where_they_can_share_evenly(tile, row_tiles, cluster):
+    parts = kernel.parts_of(row_tiles, 5120, tile)
+    assert kernel.cluster_of(tile, row_tiles, parts, tile.depth // kernel.K_BLOCK) == cluster
+
+
 @pytest.mark.parametrize("tile", sorted(TILES, key=repr), ids=repr)
 def test_every_tile_lowers_for_cuda(tile):
-    struct = jax.ShapeDtypeStruct
-    x, packed = struct((512, 4096), jnp.bfloat16), struct((64, 51200, 64), jnp.bfloat16)
-    assert len(kernel.parts_of(512 // tile.rows, 51200, tile)) == (2 if tile.tail else 1)
+    struct, rows = jax.ShapeDtypeStruct, 512 * tile.cluster
+    x, packed = struct((rows, 4096), jnp.bfloat16), struct((64, 51200, 64), jnp.bfloat16)
+    parts = kernel.parts_of(rows // tile.rows, 51200, tile)
+    assert len(parts) == (2 if tile.tail else 1)
+    assert kernel.cluster_of(tile, rows // tile.rows, parts, tile.depth // kernel.K_BLOCK) == tile.cluster
     product = jax.jit(lambda x, w: kernel.matmul(x, w, n=51200, tile=tile))
     product.trace(x, packed).lower(lowering_platforms=("cuda",))
 
@@ -252,7 +307,8 @@ def test_stages_fit_and_do_not_crowd_memory():
 @pytest.mark.interpret
 @pytest.mark.parametrize("tile", sorted(TILE_SHAPES, key=repr), ids=repr)
 def test_every_tile_keeps_rows_apart_and_is_close_to_float64(tile):
-    rows, columns = tile.rows + 8, -(-(tile.columns + 8) // 64) * 64
+    rows = tile.rows * max(1, tile.cluster - 1) + 8
+    columns = -(-(tile.columns + 8) // 64) * 64
     x, w, residual = _operands(rows, k=128, n=columns)
     packed, some = kernel.pack(w), np.array([0, 7, tile.rows - 1, tile.rows, rows - 1])
 

@@ -52,6 +52,7 @@ def gated(rows, tile, call=matmul.gated_matmul):
 
 PRODUCTS = {
     "several tiles": lambda: product(130, 448, Tile(64, 64, 128)),
+    "clusters": lambda: product(250, 448, Tile(64, 64, 128, cluster=2), residual=True),
     "residual, few chunks": lambda: product(70, 448, Tile(64, 64), residual=True),
     "residual, many chunks": lambda: product(130, 448, Tile(128, 216, 64, 2), residual=True, bias=True),
     "residual, tail": lambda: product(130, 448, Tile(128, 128, 64, 2, 16, 64), residual=True),

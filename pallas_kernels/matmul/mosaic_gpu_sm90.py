@@ -247,6 +247,18 @@ def parts_of(row_tiles: int, columns: int, tile: Tile) -> list[Part]:
     return [whole._replace(count=full), Part(begin, tile.tail, -(-(columns - begin) // tile.tail))]
 
 
+def clusters_at_once(cluster: int) -> int:
+    """Of so many CTAs. One lies within a group of 16 or 18 SMs, so that of 44 clusters of three 42 run."""
+    return min(SMS // cluster, 42) if cluster == 3 else SMS // cluster
+
+
+def cluster_of(tile: Tile, row_tiles: int, parts: list[Part], k_blocks: int) -> int:
+    """`tile.cluster`, where row tiles and each copy of weights can be shared out evenly; else 1."""
+    cluster = tile.cluster
+    shared = k_blocks % cluster == 0 or (k_blocks == 1 and all(p.width // 8 % cluster == 0 for p in parts))
+    return cluster if shared and row_tiles % cluster == 0 else 1
+
+
 def stages_of(tile: Tile, depth: int, residual: int, held: int, most: int) -> int:
     """Pipeline stages that fit and are worth having, beside bytes of a residual and of rows that are held."""
     weights, both = (columns * depth * 2 for columns in (tile.columns, tile.columns + tile.rows))
@@ -280,10 +292,12 @@ def _kernel(
     steps, k_blocks = k // depth, depth // K_BLOCK
     row_tiles = -(-rows // tile.rows)
     parts = parts_of(row_tiles, columns, tile)
+    cluster = cluster_of(tile, row_tiles, parts, k_blocks)
+    row_tiles //= cluster  # from here on those of a cluster are one tile, its CTAs one CTA of several members
     tiles = row_tiles * sum(part.count for part in parts)
-    ctas = min(tiles, SMS)
+    ctas = min(tiles, clusters_at_once(cluster))
     if row_tiles == len(parts) == 1:  # mostly memory is the limit: CTAs that have equal shares end together
-        ctas = -(-tiles // -(-tiles // SMS))
+        ctas = -(-tiles // -(-tiles // ctas))
     ratio = 2 if activation else 1
     # The epilogue goes in chunks of columns; those of the residual come through shared memory, ahead of it.
     chunk = common = math.gcd(*(part.width // ratio for part in parts))
@@ -330,15 +344,17 @@ def _kernel(
         def scoped(x_s, w_s, full, empty, residual_s=None, residual_bar=None):
             group = lax.axis_index("wg")
             cta = lax.axis_index("cta")
+            member = lax.axis_index("member") if cluster > 1 else 0
 
             def origin(at, column_tiles):
                 if row_tiles == 1:
-                    return 0, at
+                    return member, at
                 # Row tiles vary fastest, a band of them at a time: what CTAs that run together read stays in L2.
                 band = lax.div(at, jnp.int32(tile.band * column_tiles))
                 height = jnp.minimum(row_tiles - band * tile.band, tile.band)
                 within = at - band * (tile.band * column_tiles)
-                return band * tile.band + lax.rem(within, height), lax.div(within, height)
+                row = band * tile.band + lax.rem(within, height)
+                return row * cluster + member, lax.div(within, height)
 
             def stage_of(part, slot):
                 whole = w_s.at[slot]
@@ -385,6 +401,8 @@ def _kernel(
                             ],
                             stage_of(part, slot),
                             full.at[slot],
+                            # Each member loads a part for all; the interpreter, which can't, all for itself.
+                            collective_axes=None if interpreted else "member",
                         )
                         if normed:
                             return ()
@@ -403,7 +421,9 @@ def _kernel(
                     lax.fori_loop(0, steps, each_step, ())
 
                 count = for_each_tile(load)
-                if interpreted:
+                if (
+                    interpreted or cluster > 1
+                ):  # a member may end only when no other has an arrival here before it
                     drain(empty, stages, count * steps)
 
             @pl.when(group < groups)
@@ -510,7 +530,10 @@ def _kernel(
             ),
             w_s=plgpu.SMEM((stages, k_blocks, tile.columns, K_BLOCK), dtype, transforms=operand),
             full=plgpu.Barrier(num_arrivals=1 if normed else 2, num_barriers=stages),
-            empty=plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            # A stage is free once every member has read its own: what one loads goes to all.
+            empty=plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=groups, num_barriers=stages)
+            if cluster > 1
+            else plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
             collective_axes="wg",
             **scratch,
         )
@@ -522,6 +545,8 @@ def _kernel(
         out_type=(out_type, jax.ShapeDtypeStruct((out_rows, columns), dtype)) if saving else out_type,
         grid=(ctas,),
         grid_names=("cta",),
+        cluster=(cluster,),
+        cluster_names=("member",),
         num_threads=groups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -28,6 +28,11 @@ class Tile:
     """Columns per CTA of what fills no whole round of the SMs, fewer than `columns`; 0: as in the rounds."""
     stages: int = 0
     """Pipeline stages at most, two or more, where more in flight than memory needs slows it down; 0: no such limit."""
+    cluster: int = 1
+    """CTAs, a row tile each, of which each loads its part of the weights for all; 2 or 3 where L2 is the limit.
+
+    Where row tiles or weights can't be shared out evenly each loads its own.
+    """
 
 
 ROW_BUCKETS = (8, 64, 128, 192, 256, 512, 1024, 2048, 8192)
