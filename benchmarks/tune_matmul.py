@@ -5,9 +5,9 @@
 For each matrix of the models and each bucket of rows the candidates that fit run twice, weights rotated so that L2
 cannot hold them: for milliseconds at the card's full clock, by the kernels' own times, and for some tenths of a second
 without a pause, where a card that an engine keeps busy lowers its clock to stay within its power. The tile with the
-least product of both goes to OUT/tiles.json, this GPU's table; points that were not reached keep their entries. With
---dot `jnp.dot` runs beside them at the power limit. All candidates of a point must give one bit pattern, or it fails.
-OUT/tuning.jsonl has every figure.
+least geometric mean of both goes to OUT/tiles.json, this GPU's table; points that were not reached keep their
+entries. With --dot `jnp.dot` runs among them at the power limit. All candidates of a point must give one bit pattern,
+before they are timed and after, or it fails. OUT/tuning.jsonl has every figure.
 """
 
 import argparse
@@ -68,12 +68,24 @@ class Point(NamedTuple):
         return 2 * self.rows * self.k * self.columns
 
 
+class Measured(NamedTuple):
+    """Microseconds of a tile at the power limit and at the card's full clock."""
+
+    tile: Tile
+    busy: float
+    short: float
+
+    @property
+    def score(self) -> float:
+        return math.sqrt(self.busy * self.short)
+
+
 CANDIDATES = {1: 8, 2: 4, 3: 3}
 """By CTAs in a cluster."""
 PROGRAM_US = 4000
 """A program is about so long."""
 START, WARM, MEASURED = 0.2, 0.05, 0.07
-"""Seconds; a card that was idle takes the first before it is as slow as it stays."""
+"""Seconds; a card that was idle is at its power limit only after the first."""
 WEIGHTS_IN_FLIGHT = 96 * 1024
 """Bytes of weights on their way into an SM that few rows may do best with; more keep memory's banks less in order."""
 NOISE = 0.01
@@ -81,6 +93,8 @@ NOISE = 0.01
 PROCESSES = 12
 SHAPES_OF_CTAS = (64, 1), (128, 1), (128, 2), (192, 3), (256, 2)
 """(rows, consumer warpgroups)."""
+MOST_SUMS = {1: 128 * 192, 2: 128 * 192, 3: 64 * 192}
+"""That fit the registers of each of so many warpgroups."""
 
 
 def widths(point: Point, row_tiles: int, cluster: int) -> set[int]:
@@ -102,9 +116,7 @@ def candidates(point: Point) -> list[Tile]:
         if (rows % height and rows > 64) or height > max(rows, 64) or row_tiles % cluster:
             continue
         for width in widths(point, row_tiles, cluster):
-            if (
-                height // groups * width > (128 if groups < 3 else 64) * 192
-            ):  # the sums must fit the registers
+            if height // groups * width > MOST_SUMS[groups]:
                 continue
             for tail in (0, 64) if width > 64 and cluster < 3 else (0,):
                 parts = matmul.parts_of(row_tiles, columns, Tile(height, width, tail=tail))
@@ -186,20 +198,19 @@ def in_a_row(point: Point, call, arguments, weights):
     return jax.jit(many).lower(arguments, weights).compile()
 
 
-def short_us(program, products: int, arguments, weights) -> float:
+def short_us(run: Callable, products: int) -> float:
     """Microseconds a product by the kernels' own times, in a program of milliseconds: the card has its full clock."""
-    run = lambda: jax.block_until_ready(program(arguments, weights))  # noqa: E731
-    times = [ms * 1e3 for name, ms in cupti_times(run) if "matmul" in name]
+    times = [ms * 1e3 for name, ms in cupti_times(lambda: jax.block_until_ready(run())) if "matmul" in name]
     if len(times) != products:
         raise RuntimeError(f"{len(times)} kernels of {products} products")
     return float(np.median(times))
 
 
-def sustained_us(program, products: int, arguments, weights, seconds=MEASURED) -> float:
+def sustained_us(run: Callable, products: int, seconds: float) -> float:
     """Microseconds a product while one follows another."""
     begin, count, waiting = time.perf_counter(), 0, []
     while time.perf_counter() - begin < seconds:
-        waiting.append(program(arguments, weights))
+        waiting.append(run())
         count += 1
         if len(waiting) > 2:
             jax.block_until_ready(waiting.pop(0))
@@ -207,11 +218,16 @@ def sustained_us(program, products: int, arguments, weights, seconds=MEASURED) -
     return (time.perf_counter() - begin) / count / products * 1e6
 
 
-def in_turns(time_one: Callable, programs: dict) -> dict:
-    """The mean time of every program, all of them in order and again in reverse: a card drifts."""
-    order = list(programs)
-    first = {key: time_one(programs[key]) for key in order}
-    return {key: (first[key] + time_one(programs[key])) / 2 for key in reversed(order)}
+def busy_us(run: Callable, products: int) -> float:
+    """Microseconds a product at the power limit."""
+    sustained_us(run, products, WARM)
+    return sustained_us(run, products, MEASURED)
+
+
+def in_turns(time_one: Callable, runs: dict, products: int) -> dict:
+    """The mean time of each of `runs`, all of them in order and again in reverse: a card drifts."""
+    first = {key: time_one(run, products) for key, run in runs.items()}
+    return {key: (first[key] + time_one(runs[key], products)) / 2 for key in reversed(runs)}
 
 
 def compiled(point: Point, lowering: concurrent.futures.Future):
@@ -227,42 +243,42 @@ def turns(point: Point) -> tuple[int, int]:
     return copies, max(1, math.ceil(PROGRAM_US / (copies * estimate)))
 
 
-def measure(point: Point, programs, with_dot: bool) -> tuple[list[tuple[float, float, Tile]], float | None]:
-    """(µs at the power limit, µs at full clock, tile) of every candidate, best first, and the µs of `jnp.dot`."""
+def measure(point: Point, programs, with_dot: bool) -> tuple[list[Measured], float | None]:
+    """Every candidate that compiled, best first, and the µs of `jnp.dot` at the power limit."""
     copies, again = turns(point)
     products, arguments = copies * again, operands(point, struct=False)
     plain = [normal(i, point.k, point.columns, scale=0.02) for i in range(copies)]
     pack = jax.jit(lambda w: matmul.pack_gated(*jnp.split(w, 2, axis=1)) if point.gated else matmul.pack(w))
     weights = [pack(w) for w in plain]
-    ready, wanted = {}, None
+    runs = {}
     for chosen, program in programs.items():
         if program.exception():
             print(json.dumps({"tile": str(chosen), "failed": f"{program.exception()!r:.200}"}), flush=True)
-            continue
-        ready[chosen] = program.result()
-        out = ready[chosen](arguments, weights)
-        wanted = out if wanted is None else wanted
-        if count := sum(int(unlike(*pair)) for pair in zip(out, wanted, strict=True)):
-            raise AssertionError(f"{point}: {count} values of {chosen} unlike those of {next(iter(ready))}")
-        del out
+        else:
+            runs[chosen] = functools.partial(program.result(), arguments, weights)
+    beside = {}
+    if with_dot:
+        program = in_a_row(point, functools.partial(dot, point), arguments, plain)
+        beside = {"dot": functools.partial(program, arguments, plain)}
+    if not runs:
+        raise RuntimeError(f"{point}: none of {len(programs)} tiles compiled")
+    first = next(iter(runs.values()))
+    wanted = first()
+    must_agree(point, runs, wanted)
+    short_us(first, products)  # not counted: what comes first is slower
+    short = in_turns(short_us, runs, products)
+    sustained_us(first, products, START)
+    busy = in_turns(busy_us, runs | beside, products)
+    must_agree(point, runs, wanted)  # of a card at work, too
+    times = [Measured(chosen, busy[chosen], short[chosen]) for chosen in runs]
+    return sorted(times, key=lambda measured: measured.score), busy.get("dot")
 
-    def cool(program):
-        return short_us(program, products, arguments, weights)
 
-    def busy(program):
-        sustained_us(program, products, arguments, weights, WARM)
-        return sustained_us(program, products, arguments, weights)
-
-    first = next(iter(ready.values()))
-    cool(first)  # not counted: what runs first pays for it
-    short = in_turns(cool, ready)
-    sustained_us(first, products, arguments, weights, START)
-    long = in_turns(busy, ready)
-    times = sorted(((long[t], short[t], t) for t in ready), key=lambda times: times[0] * times[1])
-    if not with_dot:
-        return times, None
-    beside = in_a_row(point, functools.partial(dot, point), arguments, plain)
-    return times, sustained_us(beside, products, arguments, plain, WARM + MEASURED)
+def must_agree(point: Point, runs, wanted) -> None:
+    """Raises AssertionError unless all of `runs` give the bits of `wanted`."""
+    for chosen, run in runs.items():
+        if count := sum(int(unlike(*pair)) for pair in zip(run(), wanted, strict=True)):
+            raise AssertionError(f"{point}: {count} values of {chosen} unlike those of {next(iter(runs))}")
 
 
 @jax.jit
@@ -324,28 +340,27 @@ def main(out: pathlib.Path, models, rows, seconds: float, with_dot: bool) -> Non
             print("time is over; the points that are left keep their entries", flush=True)
             break
         times, beside = measure(point, {c: programs.pop((point, c)) for c in candidates(point)}, with_dot)
-        us, short, chosen = times[0]
-        old = point.tuned
-        before = {t: (busy, short) for busy, short, t in times}.get(old, (math.nan, math.nan))
-        if math.prod(before) <= us * short * (1 + NOISE) ** 2:
-            (us, short), chosen = before, old
+        best, old = times[0], point.tuned
+        before = next((measured for measured in times if measured.tile == old), None)
+        if before and before.score <= best.score * (1 + NOISE):
+            best = before
         row = {
             "K": point.k,
             "columns": point.columns,
             "rows": point.rows,
-            "us": round(us, 2),
-            "short us": round(short, 2),
-            "TFLOP/s": round(point.flops / us / 1e6),
+            "us": round(best.busy, 2),
+            "short us": round(best.short, 2),
+            "TFLOP/s": round(point.flops / best.busy / 1e6),
             "dot us": beside and round(beside, 2),
-            "table us": [round(us, 2) for us in before],
-            "tiles": [(round(busy, 2), round(us, 2), fields(t)) for busy, us, t in times],
+            "table us": before and [round(before.busy, 2), round(before.short, 2)],
+            "tiles": [(round(t.busy, 2), round(t.short, 2), fields(t.tile)) for t in times],
         }
         print(json.dumps(row | {"tiles": row["tiles"][:3]}), flush=True)
         with (out / "tuning.jsonl").open("a") as lines:
             lines.write(json.dumps(row) + "\n")
         shape = f"{point.k}x{point.columns}"
-        entries = found.get(shape, {}) | {str(point.rows): fields(chosen)}
-        if chosen == DEFAULT[point.rows]:
+        entries = found.get(shape, {}) | {str(point.rows): fields(best.tile)}
+        if best.tile == DEFAULT[point.rows]:
             del entries[str(point.rows)]
         found[shape] = dict(sorted(entries.items(), key=lambda entry: int(entry[0])))
         (out / "tiles.json").write_text(as_json(record))

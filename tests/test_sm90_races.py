@@ -1,9 +1,9 @@
 """The Hopper kernels under JAX's race detector: an access that isn't ordered with another makes bits depend on time.
 
-It sees what warpgroups and copies do to memory, not what the warps of a warpgroup do to one another. Left out: what
-writes equal values twice on purpose (q/k norm and cache write, the gradients of log-probabilities and of attention, in
-which two warpgroups clear a tile's tail), and the gradient of weights, whose ring holds two kinds of stages, which the
-detector takes for one.
+It sees what warpgroups and copies do to memory, not what the warps of a warpgroup do to one another, nor what the CTAs
+of a cluster copy for one another: there each copies for itself. Left out: what writes equal values twice on purpose
+(q/k norm and cache write, the gradients of log-probabilities and of attention, in which two warpgroups clear a tile's
+tail), and the gradient of weights, whose ring holds two kinds of stages, which the detector takes for one.
 """
 
 import jax

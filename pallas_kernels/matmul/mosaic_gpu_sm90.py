@@ -248,7 +248,10 @@ def parts_of(row_tiles: int, columns: int, tile: Tile) -> list[Part]:
 
 
 def clusters_at_once(cluster: int) -> int:
-    """Of so many CTAs. One lies within a group of 16 or 18 SMs, so that of 44 clusters of three 42 run."""
+    """How many clusters of so many CTAs run together: of three 42, not 44, where two groups of SMs have 18 and six 16.
+
+    A cluster lies within one group. On a GPU cut differently the last clusters begin late; bits are the same.
+    """
     return min(SMS // cluster, 42) if cluster == 3 else SMS // cluster
 
 
@@ -421,9 +424,8 @@ def _kernel(
                     lax.fori_loop(0, steps, each_step, ())
 
                 count = for_each_tile(load)
-                if (
-                    interpreted or cluster > 1
-                ):  # a member may end only when no other has an arrival here before it
+                # A member ends only after the others' last arrivals at its barriers.
+                if interpreted or cluster > 1:
                     drain(empty, stages, count * steps)
 
             @pl.when(group < groups)

@@ -23,7 +23,7 @@ class Tile:
     row_groups: int = 1
     """Consumer warpgroups, each with rows / row_groups rows."""
     band: int = 16
-    """Row tiles that go through all columns together, so that what they read stays in L2."""
+    """Row tiles, or clusters of them, that go through all columns together, so that what they read stays in L2."""
     tail: int = 0
     """Columns per CTA of what fills no whole round of the SMs, fewer than `columns`; 0: as in the rounds."""
     stages: int = 0
@@ -31,7 +31,7 @@ class Tile:
     cluster: int = 1
     """CTAs, a row tile each, of which each loads its part of the weights for all; 2 or 3 where L2 is the limit.
 
-    Where row tiles or weights can't be shared out evenly each loads its own.
+    Where row tiles or weights can't be shared out evenly (an odd number of row tiles, say) each loads its own.
     """
 
 
