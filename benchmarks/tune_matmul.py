@@ -256,12 +256,12 @@ def measure(point: Point, programs, with_dot: bool) -> tuple[list[Measured], flo
             print(json.dumps({"tile": str(chosen), "failed": f"{program.exception()!r:.200}"}), flush=True)
         else:
             runs[chosen] = functools.partial(program.result(), arguments, weights)
+    if not runs:
+        raise RuntimeError(f"{point}: none of {len(programs)} tiles compiled")
     beside = {}
     if with_dot:
         program = in_a_row(point, functools.partial(dot, point), arguments, plain)
         beside = {"dot": functools.partial(program, arguments, plain)}
-    if not runs:
-        raise RuntimeError(f"{point}: none of {len(programs)} tiles compiled")
     first = next(iter(runs.values()))
     wanted = first()
     must_agree(point, runs, wanted)
